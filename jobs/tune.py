@@ -1,0 +1,7 @@
+"""Stage 3: the mixture of experts with LoRA."""
+
+from jobs.arguments import run_job
+from unimoe_ray import pipeline
+
+if __name__ == "__main__":
+    run_job(__doc__, lambda config, progress: pipeline.train(config, "tune", progress))

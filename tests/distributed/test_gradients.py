@@ -1,0 +1,132 @@
+"""Two DeepSpeed workers against plain PyTorch in one process: every stage, ranks on different modalities."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tests.tiny import TinyRun
+from unimoe_ray.data import prepare
+from unimoe_ray.data.batch import collate
+from unimoe_ray.data.loader import planned_micro_batches, read_features
+from unimoe_ray.data.plan import Mixture, step_samples
+from unimoe_ray.data.samples import SampleTable
+from unimoe_ray.model.unimoe import to_batch
+from unimoe_ray.training.engine import backward_step, initialize, learning_rate_factor
+from unimoe_ray.training.stages import make_trainable, start_model
+
+SEED = 3
+STAGES = [("base", "base"), ("align", "align"), ("experts", "image"), ("tune", "tune")]
+
+
+def _model(run: TinyRun, stage: str, name: str):
+    torch.manual_seed(SEED)
+    model = start_model(run.config, run.info, stage)
+    groups = make_trainable(model, getattr(run.config.stages, stage)[name])
+    with torch.no_grad():  # LoRA's B starts at zero: give every adapter a gradient path
+        for key, parameter in model.named_parameters():
+            if ".lora_B." in key:
+                parameter.normal_(std=0.1)
+    return model, groups
+
+
+def _mixture(run: TinyRun, stage: str, name: str) -> Mixture:
+    table = SampleTable(Path(prepare.source(run.config, "train").samples))
+    return Mixture.build(getattr(run.config.stages, stage)[name].tasks, table.by_task())
+
+
+def _reference(run: TinyRun, stage: str, name: str) -> tuple[dict, dict, float]:
+    """Gradients of the first step, parameters after all steps, gradient norm: one process, one sample at a time."""
+    settings = getattr(run.config.stages, stage)[name]
+    source = prepare.source(run.config, "train")
+    table = SampleTable(Path(source.samples))
+    model, groups = _model(run, stage, name)
+    config = run.config.training.optimizer
+    optimizer = torch.optim.AdamW(
+        [{"params": g.parameters, "lr": g.lr} for g in groups],
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=settings.weight_decay,
+    )
+    trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    first = {}
+    for number, samples in enumerate(
+        step_samples(_mixture(run, stage, name), settings.steps, settings.batch_size, SEED)
+    ):
+        for group, g in zip(optimizer.param_groups, groups, strict=True):
+            group["lr"] = g.lr * learning_rate_factor(number, settings.steps, config)
+        optimizer.zero_grad()
+        batches = [to_batch(collate([table.get(int(row))], lambda n: read_features(source, n))) for row in samples]
+        answers = sum(int((b.labels >= 0).sum()) for b in batches)
+        for batch in batches:
+            (model(batch).token_loss / answers).backward()
+        norm = torch.nn.utils.clip_grad_norm_(trainable.values(), 1e9)
+        first = first or {key: p.grad.clone() for key, p in trainable.items()} | {"norm": norm}
+        torch.nn.utils.clip_grad_norm_(trainable.values(), config.clip)
+        optimizer.step()
+    norm = first.pop("norm")
+    return first, {key: p.detach().clone() for key, p in trainable.items()}, float(norm)
+
+
+def _worker(rank: int, world: int, port: int, run: TinyRun, stage: str, name: str, out: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    from deepspeed.utils import safe_get_full_grad
+
+    settings = getattr(run.config.stages, stage)[name]
+    source = prepare.source(run.config, "train")
+    table = SampleTable(Path(source.samples))
+    model, groups = _model(run, stage, name)
+    engine = initialize(model, groups, run.config.training, settings.weight_decay, torch.device("cpu"))
+    plan = planned_micro_batches(
+        source, _mixture(run, stage, name), steps=settings.steps, batch_size=settings.batch_size, seed=SEED,
+        rank=rank, world=world, max_tokens=48,
+    )  # fmt: skip
+    grads, modalities = {}, []
+    for number, micros in enumerate(plan):
+        batches = [
+            to_batch(collate([table.get(int(r)) for r in m], lambda n: read_features(source, n))) for m in micros
+        ]
+        modalities.append([sorted(b.features) for b in batches])
+        answers = torch.tensor(sum(int((b.labels >= 0).sum()) for b in batches))
+        dist.all_reduce(answers)
+        for group, g in zip(engine.optimizer.param_groups, groups, strict=True):
+            group["lr"] = g.lr * learning_rate_factor(number, settings.steps, run.config.training.optimizer)
+        backward_step(engine, batches, int(answers), 0.0)
+        if number == 0:
+            grads = {key: safe_get_full_grad(p).clone() for key, p in model.named_parameters() if p.requires_grad}
+        engine.step()
+    after = {key: p.detach().clone() for key, p in model.named_parameters() if p.requires_grad}
+    torch.save({"grads": grads, "after": after, "modalities": modalities}, f"{out}/{rank}.pt")
+    dist.barrier()
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+@pytest.mark.parametrize(("stage", "name"), STAGES)
+def test_two_workers_equal_one_process(tiny_run, tmp_path, stage, name, zero_stage):
+    tiny_run.config.training.zero_stage = zero_stage
+    grads, after, _ = _reference(tiny_run, stage, name)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.start_processes(_worker, args=(2, port, tiny_run, stage, name, str(tmp_path)), nprocs=2, start_method="spawn")
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    if stage != "base":
+        pairs = zip(ranks[0]["modalities"], ranks[1]["modalities"], strict=True)
+        assert any(a != b for step_a, step_b in pairs for a, b in zip(step_a, step_b, strict=True))
+    for result in ranks:
+        assert result["grads"].keys() == grads.keys()
+        for key, expected in grads.items():
+            scale = expected.abs().max().clamp(min=1e-3)
+            assert (result["grads"][key] - expected).abs().max() <= 1e-5 * scale, key
+        for key, expected in after.items():
+            assert torch.allclose(result["after"][key], expected, atol=1e-5), key
+    assert all(grad.abs().max() > 0 for grad in grads.values())

@@ -1,0 +1,197 @@
+"""The command line: ``unimoe prepare | train | eval | chat | report | doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from unimoe_ray import __version__, config
+from unimoe_ray.config import Config
+from unimoe_ray.config.training import STAGES
+from unimoe_ray.errors import UnimoeError, UsageError
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Exit code 0: done; 1: failed, with one line why; 2: bad usage or configuration."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        sys.exit(parsed.run(parsed) or 0)
+    except UnimoeError as error:
+        print(f"unimoe: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        print(f"unimoe: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("unimoe: stopped", file=sys.stderr)
+        sys.exit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unimoe", description="Uni-MoE: train, evaluate and talk to a multimodal MoE."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    prepare = _with_config(commands.add_parser("prepare", help="encode media, tokenise conversations"))
+    prepare.set_defaults(run=_prepare)
+
+    train = commands.add_parser("train", help="train a stage, or all of them")
+    train.add_argument("stage", choices=[*STAGES, "all"], metavar="STAGE", help=f"{', '.join(STAGES)} or all")
+    _with_config(train).set_defaults(run=_train)
+
+    evaluate = commands.add_parser("eval", help="answer the held-out questions of a run")
+    _with_run(evaluate)
+    evaluate.add_argument("--task", action="append", metavar="NAME", help="only this task (repeatable)")
+    evaluate.add_argument("--split", choices=["test", "dev"], default="test")
+    evaluate.add_argument(
+        "--stage", choices=["base", "align", "tune"], help="the model after this stage (default: last)"
+    )
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
+    evaluate.set_defaults(run=_eval)
+
+    chat = commands.add_parser("chat", help="talk to a run's model; without a question, interactively")
+    _with_run(chat)
+    chat.add_argument("question", nargs="?", help="one question; without it a conversation starts")
+    for kind in ("image", "audio", "speech", "video"):
+        chat.add_argument(f"--{kind}", action="append", default=[], metavar="FILE", help=f"attach {kind} (repeatable)")
+    chat.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
+    chat.set_defaults(run=_chat)
+
+    report = commands.add_parser("report", help="write report/index.html of a run")
+    _with_run(report)
+    report.set_defaults(run=_report)
+
+    doctor = commands.add_parser("doctor", help="check this machine and say what to do about each finding")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _with_config(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument(
+        "--config", default="mini", metavar="PRESET|FILE", help="preset name or YAML file (default: mini)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="configuration overrides")
+    return parser
+
+
+def _with_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder, such as runs/mini")
+
+
+def _run_config(folder: Path) -> Config:
+    """The configuration of an existing run, at the place where it lies now."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UnimoeError(f"{folder}: no such run folder (it has no config.yaml)")
+    settings = config.load(path)
+    settings.name, settings.runs_dir = folder.resolve().name, str(folder.resolve().parent)
+    return settings
+
+
+def _job(arguments: argparse.Namespace, work: Callable) -> int:
+    settings = config.load(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        print(config.dump(settings), end="")
+        return 0
+    from rich.console import Console
+
+    from unimoe_ray import cluster, pipeline
+    from unimoe_ray.progress import TrainProgress
+
+    with pipeline.open_run(settings), cluster.connect(settings), TrainProgress(Console()) as progress:
+        work(settings, progress)
+    return 0
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    def work(settings: Config, progress) -> None:
+        from unimoe_ray import pipeline
+
+        pipeline.prepare(settings, progress)
+
+    return _job(arguments, work)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    def work(settings: Config, progress) -> None:
+        from unimoe_ray import pipeline
+
+        pipeline.prepare(settings, progress)
+        pipeline.train(settings, arguments.stage, progress)
+
+    return _job(arguments, work)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    settings = _run_config(arguments.run_folder)
+    from rich.console import Console
+
+    from unimoe_ray import cluster, pipeline
+    from unimoe_ray.evaluation.evaluate import write_evaluation
+    from unimoe_ray.progress import TrainProgress
+    from unimoe_ray.tables import accuracy_table
+
+    started = time.perf_counter()
+    with cluster.connect(settings), TrainProgress(Console(stderr=True)) as progress:
+        result = pipeline.evaluate(
+            settings, progress, split=arguments.split, tasks=arguments.task, stage=arguments.stage
+        )
+    stamp = pipeline.stamp(settings, time.perf_counter() - started)
+    if not (arguments.task or arguments.stage or arguments.split != "test"):
+        write_evaluation(settings.run_dir, result, stamp)
+    if arguments.json:
+        print(json.dumps({"tasks": result.tasks} | stamp))
+    else:
+        Console().print(accuracy_table(settings, result))
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    settings = _run_config(arguments.run_folder)
+    for kind in ("image", "audio", "speech", "video"):
+        for path in getattr(arguments, kind):
+            if not Path(path).is_file():
+                raise UnimoeError(f"--{kind} {path}: no such file")
+    from unimoe_ray.chat import Conversation
+    from unimoe_ray.data.schema import Media
+    from unimoe_ray.evaluation.evaluate import final_model
+
+    attached = [
+        Media(kind, (path,)) for kind in ("image", "video", "audio", "speech") for path in getattr(arguments, kind)
+    ]
+    if arguments.question is None and arguments.json:
+        raise UsageError("--json needs a question")
+    conversation = Conversation(settings, final_model(settings))
+    if arguments.question is not None:
+        reply = conversation.ask(arguments.question, attached)
+        print(json.dumps({"question": arguments.question, "answer": reply}) if arguments.json else reply)
+        return 0
+    from unimoe_ray.repl import interact
+
+    interact(conversation, attached)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from unimoe_ray.report import write_report
+
+    print(write_report(arguments.run_folder))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from unimoe_ray import doctor
+
+    return doctor.run(arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Joining a Ray cluster, or starting one on this machine for the length of a command."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+from unimoe_ray.config import Config
+from unimoe_ray.errors import UnimoeError
+
+MAX_CPU_WORKERS = 4
+# Ray Data runs beside the training workers; without logical CPUs of its own it starves.
+DATA_CPUS = 2
+
+
+@contextlib.contextmanager
+def connect(config: Config) -> Iterator[None]:
+    """Join the cluster of ``ray_address`` or of the environment; else start one here, ended on leaving."""
+    _quiet()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = config.ray_address or os.environ.get("RAY_ADDRESS")
+    options = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    try:
+        if address and address != "local":
+            ray.init(address=address, **options)
+        else:
+            # Only this command talks to the cluster that it starts: no token is needed, and none is left behind.
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            runs = max((len(stage) for _, stage in config.stages), default=1)
+            ray.init(
+                address="local",
+                num_cpus=max(local_workers(config), runs) + DATA_CPUS,
+                include_dashboard=False,
+                object_store_memory=400 * 2**20,
+                **options,
+            )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise UnimoeError(f"Ray at {address or 'local'}: {' '.join(str(error).split())}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def local_workers(config: Config) -> int:
+    """Training workers for this machine alone."""
+    if isinstance(config.training.workers, int):
+        return config.training.workers
+    import torch
+
+    if config.training.device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.device_count()
+    return min(len(os.sched_getaffinity(0)), MAX_CPU_WORKERS)
+
+
+def workers(config: Config) -> int:
+    """Training workers for the cluster that is joined: one per GPU, else one per CPU, few."""
+    import ray
+
+    if isinstance(config.training.workers, int):
+        return config.training.workers
+    resources = ray.cluster_resources()
+    if config.training.device != "cpu" and resources.get("GPU", 0) >= 1:
+        return int(resources["GPU"])
+    return max(1, min(int(resources.get("CPU", 1)) - DATA_CPUS, local_workers(config)))
+
+
+def uses_gpu(config: Config) -> bool:
+    import ray
+
+    return config.training.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1
+
+
+def _quiet() -> None:
+    """Warnings of Ray that no user can act on; set before Ray is imported."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,108 @@
+"""What the model is made of."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from unimoe_ray.config.base import Strict
+
+MODALITIES = ("image", "video", "audio", "speech")
+PLACEHOLDER_IDS = {"image": -200, "audio": -300, "video": -400, "speech": -500}
+IGNORE_INDEX = -100
+
+
+class LanguageConfig(Strict):
+    """A LLaMA: read from ``pretrained`` (folder or hub name) or, without it, made of these sizes."""
+
+    pretrained: str | None = None
+    hidden_size: int = Field(256, ge=8)
+    intermediate_size: int = Field(768, ge=8)
+    num_layers: int = Field(4, ge=1)
+    num_heads: int = Field(4, ge=1)
+    num_kv_heads: int = Field(4, ge=1)
+    vocab_size: int = Field(1024, ge=264, description="upper limit of the tokenizer trained on the suite's text")
+    max_positions: int = Field(512, ge=16, description="longest sequence, soft tokens included")
+    rms_norm_eps: float = Field(1e-5, gt=0)
+    rope_theta: float = Field(10_000.0, gt=0)
+    tie_embeddings: bool = True
+    dropout: Literal[0.0] = 0.0
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> LanguageConfig:
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ValueError("hidden_size must be a multiple of num_heads, and num_heads of num_kv_heads")
+        return self
+
+
+class MoEConfig(Strict):
+    """The mixture of stage 3. ``slots`` names what fills each expert: a run of stage 2, or ``base``."""
+
+    slots: list[str] = Field(["base", "image", "speech", "audio"], min_length=1)
+    init: Literal["experts", "copies"] = "experts"
+    top_k: int = Field(2, ge=1)
+    layers: Literal["all", "interval", "first_half", "second_half", "none"] = "all"
+    balance_coef: float = Field(0.0, ge=0)
+    balance_over_layers: Literal["mean", "sum"] = "mean"
+
+    @model_validator(mode="after")
+    def _top_k_fits(self) -> MoEConfig:
+        if self.top_k > len(self.slots):
+            raise ValueError(f"top_k is {self.top_k}, but there are only {len(self.slots)} expert slots")
+        return self
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.slots)
+
+    def sparse_layers(self, num_layers: int) -> list[int]:
+        """Indices of the layers whose feed-forward is a mixture (``interval`` is every other one, from 0)."""
+        half = num_layers // 2
+        return {
+            "all": list(range(num_layers)),
+            "interval": list(range(0, num_layers, 2)),
+            "first_half": list(range(half)),
+            "second_half": list(range(half, num_layers)),
+            "none": [],
+        }[self.layers]
+
+
+class ConnectorConfig(Strict):
+    """LayerNorm, Linear, GELU, Linear; the output scaled to the RMS of the text embeddings if ``match_text_rms``."""
+
+    type: Literal["mlp"] = "mlp"
+    match_text_rms: bool = True
+
+
+class VideoConfig(Strict):
+    """How frames become soft tokens. ``mean`` is the original's average over frames, in which motion is lost;
+    ``frames`` keeps time: blocks of ``spatial_merge`` x ``spatial_merge`` patches of ``temporal_merge`` consecutive
+    frames are concatenated into one feature (a patch merger), so that the connector sees local motion."""
+
+    frames: int = Field(4, ge=1, le=64)
+    pooling: Literal["frames", "mean"] = "frames"
+    spatial_merge: int = Field(2, ge=1)
+    temporal_merge: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _divides(self) -> VideoConfig:
+        if self.pooling == "frames" and self.frames % self.temporal_merge:
+            raise ValueError(f"frames ({self.frames}) must be a multiple of temporal_merge ({self.temporal_merge})")
+        return self
+
+
+class TowersConfig(Strict):
+    """Names of the frozen encoders. Videos go to the image tower, frame by frame."""
+
+    image: Literal["efficientnet_lite0"] = "efficientnet_lite0"
+    speech: Literal["whisper_tiny_en"] = "whisper_tiny_en"
+    audio: Literal["yamnet"] = "yamnet"
+
+
+class ModelConfig(Strict):
+    language: LanguageConfig = LanguageConfig()
+    moe: MoEConfig = MoEConfig()
+    connector: ConnectorConfig = ConnectorConfig()
+    video: VideoConfig = VideoConfig()
+    towers: TowersConfig = TowersConfig()

@@ -1,0 +1,128 @@
+"""The stages as data: what is trained, on which tasks, at which rates."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from unimoe_ray.config.base import Strict
+from unimoe_ray.config.model import MODALITIES
+
+STAGES = ("base", "align", "experts", "tune")
+_SELECTOR = re.compile(rf"language|feed_forward|lora|router|connector\.({'|'.join(MODALITIES)})(\.projection)?")
+SELECTORS = "language, feed_forward, lora, router, connector.<modality>, connector.<modality>.projection"
+
+
+class LoraConfig(Strict):
+    """peft LoRA on the language model: ``attention`` is q, k, v, o; ``feed_forward`` every dense or expert MLP."""
+
+    r: int = Field(8, ge=1)
+    alpha: int = Field(16, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: list[Literal["attention", "feed_forward"]] = Field(["attention", "feed_forward"], min_length=1)
+
+
+class TrainRun(Strict):
+    """One Ray Train run. ``train`` maps parameter selectors to peak learning rates; the rest is frozen."""
+
+    steps: int = Field(ge=1)
+    tasks: dict[str, float] = Field(min_length=1, description="mixture weight of each task")
+    train: dict[str, float] = Field(min_length=1)
+    lora: LoraConfig | None = None
+    batch_size: int = Field(48, ge=1, description="samples per optimizer step, over all workers")
+    weight_decay: float = Field(0.0, ge=0)
+
+    @field_validator("train")
+    @classmethod
+    def _known_selectors(cls, train: dict[str, float]) -> dict[str, float]:
+        for selector, rate in train.items():
+            if not _SELECTOR.fullmatch(selector):
+                raise ValueError(f"'{selector}' is not a parameter selector; allowed: {SELECTORS}")
+            if not 0 < rate < 1:
+                raise ValueError(f"learning rate of '{selector}' is {rate}; allowed: above 0, below 1")
+        return train
+
+    @field_validator("tasks")
+    @classmethod
+    def _positive_weights(cls, tasks: dict[str, float]) -> dict[str, float]:
+        for task, weight in tasks.items():
+            if not weight > 0:
+                raise ValueError(f"weight of task '{task}' is {weight}; allowed: above 0")
+        return tasks
+
+    @model_validator(mode="after")
+    def _lora_agrees(self) -> TrainRun:
+        if ("lora" in self.train) != (self.lora is not None):
+            raise ValueError("'lora' needs both a rate under train and its settings under lora")
+        return self
+
+    def connectors(self) -> list[str]:
+        """Modalities whose connector this run trains, wholly or in part."""
+        return [m for m in MODALITIES if any(s.split(".")[1:2] == [m] for s in self.train)]
+
+
+class OptimizerConfig(Strict):
+    """AdamW with linear warm-up and cosine decay to ``final_fraction`` of the peak rate."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    warmup: float = Field(0.05, ge=0, lt=1)
+    final_fraction: float = Field(0.05, ge=0, le=1)
+    clip: float = Field(1.0, gt=0)
+
+
+class StagesConfig(Strict):
+    """The runs of each stage, by name. Runs of one stage are independent and go side by side."""
+
+    base: dict[str, TrainRun] = {}
+    align: dict[str, TrainRun] = {}
+    experts: dict[str, TrainRun] = {}
+    tune: dict[str, TrainRun] = {}
+
+    @model_validator(mode="after")
+    def _one_owner_per_connector(self) -> StagesConfig:
+        for stage in ("align", "experts"):
+            owners: dict[str, str] = {}
+            for name, run in getattr(self, stage).items():
+                for modality in run.connectors():
+                    if modality in owners:
+                        raise ValueError(
+                            f"stages.{stage}: connector.{modality} is trained by both '{owners[modality]}' and '{name}'"
+                        )
+                    owners[modality] = name
+        for stage in ("base", "tune"):
+            if len(getattr(self, stage)) > 1:
+                raise ValueError(f"stages.{stage} can have one run only")
+        return self
+
+
+class TrainingConfig(Strict):
+    """How the work is laid out over the cluster, and the engine's settings."""
+
+    workers: int | Literal["auto"] = Field(
+        "auto", description="Ray Train workers of a stage; auto: one per GPU or core"
+    )
+    threads_per_worker: int = Field(1, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    zero_stage: Literal[1, 2] = 2
+    max_tokens_per_micro_batch: int = Field(4096, ge=16)
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    @field_validator("workers")
+    @classmethod
+    def _some_workers(cls, workers: int | str) -> int | str:
+        if isinstance(workers, int) and workers < 1:
+            raise ValueError("allowed: 'auto' or a number from 1")
+        return workers
+
+
+class EvaluationConfig(Strict):
+    """Held-out answers, greedy, by exact match."""
+
+    tasks: list[str] = []
+    batch_size: int = Field(64, ge=1)
+    max_new_tokens: int = Field(16, ge=1)
+    limit: int | None = Field(None, ge=1, description="answers per task; all if not given")

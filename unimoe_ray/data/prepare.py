@@ -1,0 +1,215 @@
+"""From JSON records and media files to prepared samples and stored features, with bad data in quarantine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from unimoe_ray.config import Config
+from unimoe_ray.data.encode import EncodeSettings, encode_missing
+from unimoe_ray.data.loader import Source
+from unimoe_ray.data.prompt import encode_prompt, encode_sample
+from unimoe_ray.data.samples import PreparedSample, write_samples
+from unimoe_ray.data.schema import BadSample, Media, Sample, parse_record
+from unimoe_ray.data.store import FeatureStore, content_key, partition_dir
+from unimoe_ray.data.tokenizer import load_tokenizer, train_tokenizer
+from unimoe_ray.errors import UnimoeError
+
+SPLITS = ("train", "dev", "test")
+
+
+@dataclass
+class Prepared:
+    """What ``prepare`` left: samples per split and task, quarantined records, media files encoded this time."""
+
+    samples: dict[str, dict[str, int]] = field(default_factory=dict)
+    quarantined: int = 0
+    media: int = 0
+    encoded: int = 0
+
+
+def data_dir(config: Config) -> Path:
+    return config.run_dir / "prepared"
+
+
+def tokenizer_path(config: Config) -> Path:
+    return data_dir(config) / "tokenizer.json"
+
+
+def source(config: Config, split: str) -> Source:
+    """Where one split's prepared samples and features lie. Raises UnimoeError when they were not prepared."""
+    path = data_dir(config) / "prepared.json"
+    if not path.is_file():
+        raise UnimoeError(
+            f"{data_dir(config)}: no prepared data; run 'unimoe prepare' with the same configuration first"
+        )
+    return Source(str(data_dir(config) / f"{split}.arrow"), json.loads(path.read_text())["partitions"])
+
+
+def prepare(
+    config: Config,
+    root: Path,
+    settings: EncodeSettings,
+    soft_tokens: Callable[[str, list[int]], int],
+    workers: int,
+    on_progress: Callable[[str, int, int], None],
+) -> Prepared:
+    """Validate, encode and tokenise the three splits below ``root``. What is already there is not done again.
+
+    soft_tokens(kind, window lengths) tells how many soft tokens a file becomes.
+    Raises UnimoeError past ``data.max_bad_fraction``.
+    """
+    stamp = _stamp(config, root, settings)
+    done = data_dir(config) / "prepared.json"
+    if done.is_file() and (found := json.loads(done.read_text()))["stamp"] == stamp:
+        return Prepared(**found["summary"] | {"encoded": 0})
+
+    quarantine: list[dict[str, Any]] = []
+    samples: dict[str, list[Sample]] = {}
+    for split in SPLITS:
+        on_progress(f"reading {split}.json", 0, 1)
+        samples[split] = _read_split(root / f"{split}.json", split, config, quarantine)
+    media: dict[str, Media] = {}
+    names = {split: _name_media(split, items, media, quarantine) for split, items in samples.items()}
+    broken, encoded = encode_missing(media, settings, workers, lambda n, of: on_progress("encoding media", n, of))
+
+    tokenizer = _tokenizer(config, samples["train"])
+    partitions = {kind: str(partition_dir(Path(settings.root), kind, f)) for kind, f in settings.fingerprints.items()}
+    stores = {kind: FeatureStore(Path(folder)) for kind, folder in partitions.items()}
+    summary = Prepared(media=len(media), encoded=encoded)
+    for split, items in samples.items():
+        rows = []
+        for sample in items:
+            reason = _broken_media(names[split].get(sample.id), broken)
+            if sample.id not in names[split]:
+                continue
+            if reason:
+                quarantine.append({"split": split, "id": sample.id, "reason": reason})
+                continue
+            row = _tokenise(sample, names[split][sample.id], tokenizer, stores, soft_tokens, split != "train")
+            answer = 0 if split == "train" else config.evaluation.max_new_tokens
+            if row.length + answer > config.model.language.max_positions:
+                limit = config.model.language.max_positions
+                reason = f"{row.length} tokens with media; model.language.max_positions is {limit}"
+                quarantine.append({"split": split, "id": sample.id, "reason": reason})
+                continue
+            rows.append(row)
+        write_samples(data_dir(config) / f"{split}.arrow", rows)
+        summary.samples[split] = dict(sorted(Counter(row.task for row in rows).items()))
+    summary.quarantined = len(quarantine)
+    _quarantine(config, quarantine, sum(map(len, samples.values())) + len(quarantine))
+    done.write_text(json.dumps({"stamp": stamp, "partitions": partitions, "summary": asdict(summary)}, indent=1))
+    return summary
+
+
+def read_records(path: Path) -> list[Any]:
+    """A JSON list. Raises UnimoeError naming the file."""
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UnimoeError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UnimoeError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(records, list):
+        raise UnimoeError(f"{path}: must hold a JSON list of records, not {type(records).__name__}")
+    return records
+
+
+def resolve(sample: Sample, root: Path) -> Sample:
+    """The sample with its media paths resolved against ``root``."""
+    media = tuple(Media(m.kind, tuple(str(root / path) for path in m.paths)) for m in sample.media)
+    return Sample(sample.id, sample.task, sample.turns, media, sample.extra)
+
+
+def _read_split(path: Path, split: str, config: Config, quarantine: list[dict[str, Any]]) -> list[Sample]:
+    samples: dict[str, Sample] = {}
+    for index, record in enumerate(read_records(path)):
+        try:
+            sample = resolve(parse_record(record, index, config.data.voice_as), path.parent)
+            if sample.id in samples:
+                raise BadSample(f"id '{sample.id}' occurs twice")
+            samples[sample.id] = sample
+        except BadSample as error:
+            shown = record.get("id", index) if isinstance(record, dict) else index
+            quarantine.append({"split": split, "id": str(shown), "reason": str(error)})
+    return list(samples.values())
+
+
+def _name_media(
+    split: str, samples: list[Sample], media: dict[str, Media], quarantine: list[dict[str, Any]]
+) -> dict[str, list[str]]:
+    """Content names ``<kind>/<sha256>`` of each sample's files; samples whose files can't be opened go to quarantine."""
+    keys: dict[tuple[str, ...], str] = {}
+    names: dict[str, list[str]] = {}
+    for sample in samples:
+        try:
+            for item in sample.media:
+                if item.paths not in keys:
+                    keys[item.paths] = content_key(item.paths)
+        except OSError as error:
+            quarantine.append({"split": split, "id": sample.id, "reason": f"{error.filename}: {error.strerror}"})
+            continue
+        names[sample.id] = [f"{item.kind}/{keys[item.paths]}" for item in sample.media]
+        media.update(zip(names[sample.id], sample.media, strict=True))
+    return names
+
+
+def _broken_media(names: list[str] | None, broken: dict[str, str]) -> str | None:
+    return next((broken[name] for name in names or () if name in broken), None)
+
+
+def _tokenizer(config: Config, train: list[Sample]) -> Tokenizer:
+    path = tokenizer_path(config)
+    texts = sorted({text for sample in train for turn in sample.turns for text in turn})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    train_tokenizer(texts, config.model.language.vocab_size).save(str(path))
+    return load_tokenizer(path)
+
+
+def _tokenise(
+    sample: Sample,
+    names: list[str],
+    tokenizer: Tokenizer,
+    stores: dict[str, FeatureStore],
+    soft_tokens: Callable[[str, list[int]], int],
+    prompt_only: bool,
+) -> PreparedSample:
+    counts = []
+    for name in names:
+        kind, key = name.split("/")
+        counts.append(soft_tokens(kind, stores[kind].lengths(key)))
+    if prompt_only:
+        ids, labels = encode_prompt(sample, tokenizer), []
+    else:
+        encoded = encode_sample(sample, tokenizer)
+        ids, labels = encoded.ids, encoded.labels
+    return PreparedSample(sample.id, sample.task, sample.group, ids, labels, names, counts)
+
+
+def _quarantine(config: Config, entries: list[dict[str, Any]], total: int) -> None:
+    path = config.run_dir / "quarantine.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    if total and len(entries) > config.data.max_bad_fraction * total:
+        raise UnimoeError(
+            f"{len(entries)} of {total} records are bad, more than data.max_bad_fraction={config.data.max_bad_fraction}; "
+            f"reasons in {path} (first: {entries[0]['reason']})"
+        )
+
+
+def _stamp(config: Config, root: Path, settings: EncodeSettings) -> str:
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        path = root / f"{split}.json"
+        if not path.is_file():
+            raise UnimoeError(f"{path}: no such file; a data folder holds train.json, dev.json and test.json")
+        digest.update(path.read_bytes())
+    parts = [config.data.model_dump(mode="json"), config.model.model_dump(mode="json"), settings.fingerprints]
+    digest.update(json.dumps([*parts, config.evaluation.max_new_tokens, str(root)], sort_keys=True).encode())
+    return digest.hexdigest()

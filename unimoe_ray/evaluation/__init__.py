@@ -1,0 +1,1 @@
+"""Held-out answers: greedy decoding, exact match, routing statistics."""

@@ -1,0 +1,48 @@
+"""The embedded default as a data source: its suite on disk and its towers in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from unimoe_ray.config import Config
+from unimoe_ray.mini.assets import Assets, fetch
+from unimoe_ray.mini.suite import SuiteScale, build
+from unimoe_ray.mini.towers import load_towers
+
+
+def suite(config: Config, say: Callable[[str], None]) -> Path:
+    """The folder of the suite for this seed, built unless it is there."""
+    scale = SuiteScale.tiny() if config.mini.scale == "tiny" else SuiteScale()
+    folder = Path(config.data.dir) / f"mini-{config.mini.scale}-{config.suite_seed}"
+    if not (folder / "suite.json").is_file():
+        say("fetching the mini assets")
+        assets = _assets()
+        say(f"making the task suite in {folder}")
+        build(folder, assets, config.suite_seed, scale)
+    return folder
+
+
+def suite_hash(config: Config) -> str | None:
+    """The content hash stamped on the suite, if this run uses it."""
+    if config.data.source != "mini":
+        return None
+    folder = Path(config.data.dir) / f"mini-{config.mini.scale}-{config.suite_seed}"
+    return json.loads((folder / "suite.json").read_text())["hash"]
+
+
+def towers(config: Config) -> dict:
+    """Frozen towers by modality: image, speech, audio."""
+    return _towers(tuple(sorted(config.model.towers.model_dump().items())), config.mini.random_towers)
+
+
+@lru_cache(maxsize=1)
+def _towers(names: tuple[tuple[str, str], ...], random: bool) -> dict:
+    return load_towers(dict(names), None if random else _assets(), random=random)
+
+
+@lru_cache(maxsize=1)
+def _assets() -> Assets:
+    return fetch()

@@ -1,0 +1,133 @@
+"""Uni-MoE: connectors and a (sparse) language model over features of frozen towers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from unimoe_ray.config.model import IGNORE_INDEX, MODALITIES, PLACEHOLDER_IDS, ModelConfig
+from unimoe_ray.model.connectors import build_connector
+from unimoe_ray.model.features import Features
+from unimoe_ray.model.language import RoutingRecorder, build_llama, upcycle
+from unimoe_ray.model.splice import splice
+
+
+@dataclass
+class Batch:
+    """One micro-batch, padded on the right (training) or on the left (generation).
+
+    input_ids [B, S] int64: text ids and one placeholder id per soft token; 0 in padding
+    mask      [B, S] bool: False in padding
+    labels    [B, S] int64: the token itself where it is an answer's, else -100
+    features  per modality: windows of all files, in the order of their placeholders
+    """
+
+    input_ids: torch.Tensor
+    mask: torch.Tensor
+    labels: torch.Tensor
+    features: dict[str, Features] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> Batch:
+        features = {modality: f.to(device) for modality, f in self.features.items()}
+        return Batch(self.input_ids.to(device), self.mask.to(device), self.labels.to(device), features)
+
+
+def to_batch(arrays: dict[str, np.ndarray]) -> Batch:
+    """Collated arrays (``data.batch.collate``) to tensors; features in fp32."""
+    features = {
+        kind: Features(
+            torch.from_numpy(arrays[f"{kind}.values"]).float(),
+            torch.from_numpy(arrays[f"{kind}.lengths"]),
+            torch.from_numpy(arrays[f"{kind}.owner"]),
+        )
+        for kind in PLACEHOLDER_IDS
+        if f"{kind}.values" in arrays
+    }
+    ids, mask, labels = (torch.from_numpy(arrays[name]) for name in ("input_ids", "mask", "labels"))
+    return Batch(ids, mask, labels, features)
+
+
+@dataclass
+class Loss:
+    """token_loss: sum of the answer tokens' cross-entropies; balance_loss: over the mixture layers, or 0."""
+
+    token_loss: torch.Tensor
+    answer_tokens: torch.Tensor
+    balance_loss: torch.Tensor | float
+
+
+class UniMoE(nn.Module):
+    """``language`` (Hugging Face LLaMA) and ``connectors`` by modality. Towers stay outside: they are frozen in every
+    stage, so their features are computed once and stored.
+
+    feature_dims: feature dim D of each modality's tower
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, feature_dims: dict[str, int]):
+        super().__init__()
+        self.config = config
+        self.recorder = RoutingRecorder()
+        self.language = build_llama(config.language, vocab_size)
+        hidden = self.language.config.hidden_size
+        self.connectors = nn.ModuleDict(
+            {m: build_connector(m, feature_dims[m], hidden, config.connector, config.video) for m in MODALITIES}
+        )
+
+    def make_sparse(self) -> None:
+        """Upcycle the language model to the configured mixture (copies of its own feed-forward layers)."""
+        moe, llama = self.config.moe, self.language
+        upcycle(llama, moe.sparse_layers(llama.config.num_hidden_layers), moe.num_experts, moe.top_k, self.recorder)
+
+    @torch.no_grad()
+    def match_text_rms(self) -> None:
+        """Set the connectors' output scale to the mean RMS of the text embeddings."""
+        rms = self.language.get_input_embeddings().weight.float().pow(2).mean(dim=-1).sqrt().mean()
+        for connector in self.connectors.values():
+            connector.scale.copy_(rms)
+
+    def embed(self, batch: Batch) -> torch.Tensor:
+        """Input embeddings [B, S, H] with the soft tokens spliced in."""
+        anchor = self._anchor()
+        embeddings = self.language.get_input_embeddings()(batch.input_ids.clamp(min=0))
+        if anchor is not None:
+            embeddings = embeddings + anchor
+        soft = {m: self.connectors[m](features) for m, features in batch.features.items()}
+        return splice(embeddings, batch.input_ids, soft)
+
+    def forward(self, batch: Batch) -> Loss:
+        """Loss of a right-padded batch. Padding is to the right of every token, so causal attention never sees it
+        and no attention mask is needed."""
+        embeddings = self.embed(batch)
+        self.recorder.start(batch.mask.reshape(-1))
+        decoder = self.language.get_decoder()
+        hidden = decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        targets = batch.labels[:, 1:].reshape(-1)
+        index = (targets != IGNORE_INDEX).nonzero().squeeze(-1)
+        answers = hidden[:, :-1].reshape(-1, hidden.shape[-1])[index]
+        logits = self.language.get_output_embeddings()(answers)
+        loss = F.cross_entropy(logits.float(), targets[index], reduction="sum")
+        balance = self.recorder.balance_loss(self.config.moe.balance_over_layers)
+        return Loss(loss, index.new_tensor(len(index)), balance)
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, max_new_tokens: int, eos_token_id: int) -> torch.Tensor:
+        """Greedy answers with a KV cache for a left-padded batch of prompts: [B, <= max_new_tokens] ids, padded with 0."""
+        self.recorder.start(None)
+        return self.language.generate(
+            inputs_embeds=self.embed(batch),
+            attention_mask=batch.mask.long(),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=eos_token_id,
+            pad_token_id=0,
+        )
+
+    def _anchor(self) -> torch.Tensor | None:
+        """Zero, touching every trainable connector before the main path: ranks whose batch lacks a modality must
+        still produce its gradients, in the same order, or ZeRO reduces the wrong buffers silently."""
+        parameters = [p for p in self.connectors.parameters() if p.requires_grad]
+        return 0.0 * sum(p.sum() for p in parameters) if parameters else None

@@ -1,0 +1,158 @@
+"""The steps of a run, as the jobs and the command line call them."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from unimoe_ray import cluster
+from unimoe_ray.config import Config, dump
+from unimoe_ray.config.model import MODALITIES
+from unimoe_ray.config.training import STAGES
+from unimoe_ray.data import prepare as preparing
+from unimoe_ray.data.encode import TOWER_OF, EncodeSettings
+from unimoe_ray.data.tokenizer import load_tokenizer
+from unimoe_ray.errors import UnimoeError
+from unimoe_ray.evaluation import evaluate as evaluating
+from unimoe_ray.evaluation.evaluate import Evaluation
+from unimoe_ray.mini import source as mini
+from unimoe_ray.model.connectors import build_connector
+from unimoe_ray.progress import TrainProgress, follow_metrics
+from unimoe_ray.training.checkpoint import ModelInfo
+
+Say = Callable[[str], None]
+
+
+@contextmanager
+def open_run(config: Config) -> Iterator[Path]:
+    """The run folder, with the resolved configuration in it, held by one command at a time."""
+    folder = config.run_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UnimoeError(f"{folder}: another command is using this run folder") from None
+            (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
+            yield folder
+    except OSError as error:
+        raise UnimoeError(f"{error.filename or folder}: {error.strerror or error}") from error
+
+
+def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
+    """The suite (for the embedded default), the feature store and the tokenised samples."""
+    root = mini.suite(config, progress.message) if config.data.source == "mini" else Path(config.data.source)
+    towers = mini.towers(config)
+    dims = {modality: towers[TOWER_OF[modality]].feature_dim for modality in MODALITIES}
+    settings = EncodeSettings(
+        root=str(Path(config.data.dir).resolve() / "features"),
+        fingerprints={m: _fingerprint(config, m, towers[TOWER_OF[m]].fingerprint()) for m in MODALITIES},
+        frames=config.model.video.frames,
+        data=config.data,
+        load_towers=partial(mini.towers, config),
+    )
+    connectors = {m: build_connector(m, dims[m], 1, config.model.connector, config.model.video) for m in MODALITIES}
+    del towers
+    result = preparing.prepare(
+        config,
+        root.resolve(),
+        settings,
+        lambda kind, lengths: connectors[kind].soft_tokens(lengths),
+        cluster.workers(config),
+        progress.count,
+    )
+    total = sum(sum(tasks.values()) for tasks in result.samples.values())
+    progress.message(
+        f"prepared {total} samples of {result.media} media files ({result.encoded} encoded now, "
+        f"{result.quarantined} records in quarantine)"
+    )
+    return result
+
+
+def train(config: Config, stage: str, progress: TrainProgress) -> None:
+    """One stage, or all of them in order; finished runs are not done again."""
+    for name in STAGES if stage == "all" else (stage,):
+        _train_stage(config, name, progress)
+
+
+def _train_stage(config: Config, stage: str, progress: TrainProgress) -> None:
+    from unimoe_ray.training.trainer import run_stage
+
+    info = model_info(config)
+    lines = follow_metrics(config.run_dir / "metrics.jsonl")
+
+    def follow(_: Path, labels: list[str]) -> None:
+        for line in lines():
+            if line["run"] in labels:
+                progress.update(line["run"], line, line["steps"])
+
+    trained = run_stage(
+        config,
+        stage,
+        info,
+        preparing.source(config, "train"),
+        preparing.tokenizer_path(config),
+        workers=cluster.workers(config),
+        use_gpu=cluster.uses_gpu(config),
+        follow=follow,
+    )
+    for label in trained:
+        progress.done(label)
+    if not trained and getattr(config.stages, stage):
+        progress.message(f"stage {stage}: finished already")
+
+
+def model_info(config: Config) -> ModelInfo:
+    """What the dense model of this run is made of. Needs prepared data."""
+    preparing.source(config, "train")
+    towers = mini.towers(config)
+    return ModelInfo(
+        model=config.model.model_dump(mode="json"),
+        vocab_size=load_tokenizer(preparing.tokenizer_path(config)).get_vocab_size(),
+        feature_dims={m: towers[TOWER_OF[m]].feature_dim for m in MODALITIES},
+        sparse=False,
+        towers={m: towers[TOWER_OF[m]].fingerprint() for m in MODALITIES},
+        random_towers=config.mini.random_towers,
+    )
+
+
+def _fingerprint(config: Config, modality: str, tower: str) -> str:
+    """Stored features depend on the tower and, for videos, on how many frames are taken."""
+    return f"f{config.model.video.frames}-{tower}" if modality == "video" else tower
+
+
+def evaluate(
+    config: Config,
+    progress: TrainProgress,
+    *,
+    split: str = "test",
+    tasks: list[str] | None = None,
+    stage: str | None = None,
+) -> Evaluation:
+    """Answers of the run's last finished model on a held-out split."""
+    root = mini.suite(config, progress.message) if config.data.source == "mini" else Path(config.data.source)
+    return evaluating.evaluate(
+        config,
+        root.resolve(),
+        model_dir=evaluating.final_model(config, stage),
+        split=split,
+        tasks=tasks,
+        shards=cluster.workers(config),
+        on_progress=lambda done, total: progress.count("answering held-out questions", done, total),
+    )
+
+
+def stamp(config: Config, seconds: float) -> dict[str, Any]:
+    """What identifies an evaluation: towers, suite, seed, time."""
+    kind = "random" if config.mini.random_towers else "pretrained"
+    return {
+        "towers": dict.fromkeys(config.model.towers.model_dump(), kind),
+        "suite": mini.suite_hash(config),
+        "seed": config.seed,
+        "seconds": round(seconds, 1),
+    }

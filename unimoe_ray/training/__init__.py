@@ -1,0 +1,1 @@
+"""Training: Ray Train workers around the DeepSpeed engine, stage by stage."""

@@ -1,0 +1,119 @@
+"""Model folders at the end of a stage: safetensors, configuration and tokenizer, committed by a checksummed manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+
+from unimoe_ray.config.model import ModelConfig
+from unimoe_ray.data.tokenizer import load_tokenizer
+from unimoe_ray.errors import UnimoeError
+from unimoe_ray.model.unimoe import UniMoE
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is needed to build the model of a folder. towers: fingerprint of each modality's tower."""
+
+    model: dict[str, Any]
+    vocab_size: int
+    feature_dims: dict[str, int]
+    sparse: bool
+    towers: dict[str, str]
+    random_towers: bool
+
+    def build(self) -> UniMoE:
+        model = UniMoE(ModelConfig.model_validate(self.model), self.vocab_size, self.feature_dims)
+        if self.sparse:
+            model.make_sparse()
+        return model
+
+
+def checkpoint_dir(run_dir: Path, stage: str, run: str) -> Path:
+    """``checkpoints/<stage>``, or ``checkpoints/<stage>-<run>`` where a stage has several runs."""
+    return run_dir / "checkpoints" / (stage if stage == run else f"{stage}-{run}")
+
+
+def save_model(folder: Path, model: UniMoE, info: ModelInfo, tokenizer: Path, recipe: str) -> None:
+    """Write a folder beside ``folder`` and rename it when complete. ``recipe`` identifies how it was made."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(_unique_tensors(model), temporary / "model.safetensors")
+    (temporary / "config.json").write_text(json.dumps(asdict(info), indent=1))
+    shutil.copy(tokenizer, temporary / "tokenizer.json")
+    files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+    (temporary / "manifest.json").write_text(json.dumps({"recipe": recipe, "files": files}, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+
+
+def is_complete(folder: Path, recipe: str | None = None) -> bool:
+    """Whether a folder was committed, all files intact, and (if given) made by this recipe."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if recipe is not None and manifest["recipe"] != recipe:
+            return False
+        return all(_sha256(folder / name) == digest for name, digest in manifest["files"].items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def load_info(folder: Path) -> ModelInfo:
+    """Raises UnimoeError when there is no complete model folder."""
+    if not folder.is_dir():
+        raise UnimoeError(f"{folder}: no such model folder")
+    if not is_complete(folder):
+        raise UnimoeError(
+            f"{folder}: not a complete model folder (manifest.json is missing or does not match the files)"
+        )
+    return ModelInfo(**json.loads((folder / "config.json").read_text()))
+
+
+def load_model(folder: Path) -> tuple[UniMoE, ModelInfo, Tokenizer]:
+    """The model in eval mode on the CPU, with its tokenizer. Raises UnimoeError naming the folder."""
+    info = load_info(folder)
+    model = info.build()
+    load_weights(model, folder)
+    return model.eval(), info, load_tokenizer(folder / "tokenizer.json")
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UnimoeError(f"{folder / 'model.safetensors'}: {error}") from None
+
+
+def load_weights(model: UniMoE, folder: Path) -> None:
+    """Strict but for weights that are tied to another."""
+    missing, unexpected = model.load_state_dict(read_weights(folder), strict=False)
+    tied = set(model.state_dict()) - set(_unique_tensors(model))
+    if unexpected or set(missing) - tied:
+        first = sorted([*unexpected, *set(missing) - tied])[0]
+        raise UnimoeError(f"{folder}: the weights do not fit the configuration (first: {first})")
+
+
+def _unique_tensors(model: UniMoE) -> dict[str, torch.Tensor]:
+    """The state dict without second names of tied weights."""
+    seen: dict[int, str] = {}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if seen.setdefault(tensor.data_ptr(), name) == name or tensor.numel() == 0:
+            tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

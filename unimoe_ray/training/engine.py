@@ -1,0 +1,99 @@
+"""The DeepSpeed engine around a model, and one optimizer step of it."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from unimoe_ray.config.training import OptimizerConfig, TrainingConfig
+from unimoe_ray.model.unimoe import Batch, UniMoE
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a peak learning rate."""
+
+    name: str
+    parameters: list[torch.nn.Parameter]
+    lr: float
+
+
+def pick_device(config: TrainingConfig) -> torch.device:
+    wanted = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def pick_precision(config: TrainingConfig, device: torch.device) -> torch.dtype:
+    """bf16 on GPUs that have it; fp32 on CPUs, where bf16 products are many times slower without AVX-512 or AMX."""
+    if config.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
+def initialize(model: UniMoE, groups: list[Group], config: TrainingConfig, weight_decay: float, device: torch.device):
+    """A DeepSpeed ZeRO engine with torch's AdamW on the given parameter groups. Needs an initialised process group."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    # Its C++ shared-memory op is used by inference only, and would be compiled at every first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    optimizer = torch.optim.AdamW(
+        [{"params": g.parameters, "lr": g.lr, "name": g.name} for g in groups],
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        weight_decay=weight_decay,
+    )
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optimizer.clip,
+        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+    }
+    if pick_precision(config, device) is torch.bfloat16:
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    return engine
+
+
+def learning_rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
+    """Linear warm-up, then cosine decay to ``final_fraction``; ``step`` counts from 0."""
+    warmup = max(1, round(config.warmup * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def backward_step(
+    engine, batches: list[Batch], answer_tokens: int, balance_coef: float
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Gradients of one global batch, reduced over ranks.
+
+    The loss is the sum of token losses over the global batch divided by its ``answer_tokens``, so neither world size
+    nor accumulation changes it. Gradients are reduced once, after the last micro-batch, in parameter order: ranks may
+    be on different modalities at the same moment.
+    Returns this rank's summed token loss and the routed slots of each mixture layer [E].
+    """
+    world = dist.get_world_size()
+    total = torch.zeros((), device=engine.device)
+    load: list[torch.Tensor] = []
+    with engine.coalesce_grad_reduction():
+        for batch in batches:
+            loss = engine(batch)
+            # DeepSpeed averages over ranks; the balance loss is a mean over micro-batches as well.
+            scaled = loss.token_loss * (world / max(answer_tokens, 1))
+            if balance_coef:
+                scaled = scaled + balance_coef / len(batches) * loss.balance_loss
+            engine.backward(scaled)
+            total += loss.token_loss.detach()
+            counts = [stats.tokens_per_expert for stats in engine.module.recorder.layers]
+            load = [a + b for a, b in zip(load, counts, strict=True)] if load else counts
+    return total, load

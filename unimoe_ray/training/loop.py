@@ -1,0 +1,153 @@
+"""What every Ray Train worker runs: one training run, from its start model to its checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import torch
+import torch.distributed as dist
+
+from unimoe_ray.config import Config, parse
+from unimoe_ray.config.model import PLACEHOLDER_IDS
+from unimoe_ray.config.training import TrainRun
+from unimoe_ray.data.batch import Arrays
+from unimoe_ray.data.loader import Source, Step, iterate_steps, planned_micro_batches, rank_dataset
+from unimoe_ray.data.plan import Mixture
+from unimoe_ray.data.samples import SampleTable
+from unimoe_ray.model.language import mixtures
+from unimoe_ray.model.unimoe import to_batch
+from unimoe_ray.training.checkpoint import ModelInfo, save_model
+from unimoe_ray.training.engine import backward_step, initialize, learning_rate_factor, pick_device
+from unimoe_ray.training.stages import make_trainable, merge_lora, start_model
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a worker needs to know, picklable."""
+
+    config: dict[str, Any]
+    info: ModelInfo
+    stage: str
+    run: str
+    source: Source
+    tasks: dict[str, float]
+    tokenizer: str
+    folder: str
+    recipe: str
+
+    @property
+    def label(self) -> str:
+        return self.stage if self.stage == self.run else f"{self.stage}/{self.run}"
+
+
+def train_worker(job: Job) -> None:
+    """The Ray Train worker function."""
+    config = parse(job.config)
+    run: TrainRun = getattr(config.stages, job.stage)[job.run]
+    rank, world = dist.get_rank(), dist.get_world_size()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    torch.set_num_threads(config.training.threads_per_worker)
+    torch.manual_seed(_seed(config, job))
+    device = pick_device(config.training)
+
+    model = start_model(config, job.info, job.stage).to(device)
+    model.train()
+    groups = make_trainable(model, run)
+    engine = initialize(model, groups, config.training, run.weight_decay, device)
+
+    mixture = Mixture.build(job.tasks, SampleTable(Path(job.source.samples)).by_task())
+    plan = planned_micro_batches(
+        job.source,
+        mixture,
+        steps=run.steps,
+        batch_size=run.batch_size,
+        seed=_seed(config, job),
+        rank=rank,
+        world=world,
+        max_tokens=config.training.max_tokens_per_micro_batch,
+    )
+    dataset = rank_dataset(job.source, plan, config.data.steps_per_block)
+    steps = iterate_steps(dataset, config.data.prefetch)
+    metrics_path = config.run_dir / "metrics.jsonl"
+    for number in range(run.steps):
+        started = time.perf_counter()
+        step = next(steps)
+        waited = time.perf_counter() - started
+        metrics = train_step(engine, step, run, config, device)
+        metrics |= {"data_wait_s": round(waited, 4), "seconds": round(time.perf_counter() - started, 4)}
+        metrics["tokens_per_s"] = round(metrics["tokens"] / max(metrics["seconds"], 1e-9), 1)
+        if rank == 0:
+            line = {"step": number + 1, "steps": run.steps, "stage": job.stage, "run": job.label} | metrics
+            with open(metrics_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line | {"world": world, "time": round(time.time(), 3)}) + "\n")
+
+    if rank == 0:
+        stats = config.run_dir / "data_stats" / f"{job.label.replace('/', '-')}.txt"
+        stats.parent.mkdir(exist_ok=True)
+        stats.write_text(dataset.stats())
+        if run.lora is not None:
+            merge_lora(model)
+        info = ModelInfo(**job.info.__dict__ | {"sparse": bool(mixtures(model))})
+        save_model(Path(job.folder), model, info, Path(job.tokenizer), job.recipe)
+    dist.barrier()
+    ray.train.report(metrics)
+
+
+def train_step(engine, step: Step, run: TrainRun, config: Config, device: torch.device) -> dict[str, Any]:
+    """One optimizer step; metrics over all ranks."""
+    counts = _token_counts(step.micro_batches)
+    local = torch.tensor([counts["answer"], counts["all"], step.samples, *(counts[m] for m in _KINDS)], device=device)
+    dist.all_reduce(local)
+    answer_tokens, tokens, samples, *by_modality = local.tolist()
+
+    factor = learning_rate_factor(step.number, run.steps, config.training.optimizer)
+    for group, lr in zip(engine.optimizer.param_groups, run.train.values(), strict=True):
+        group["lr"] = lr * factor
+    batches = [to_batch(arrays).to(device) for arrays in step.micro_batches]
+    total, load = backward_step(engine, batches, answer_tokens, config.model.moe.balance_coef)
+    engine.step()
+
+    reduced = torch.cat([total.reshape(1), *(layer.to(total) for layer in load)])
+    dist.all_reduce(reduced)
+    loss, *slots = reduced.tolist()
+    shares = None
+    if load:
+        per_layer = np.array(slots).reshape(len(load), -1)
+        shares = np.round(per_layer / per_layer.sum(axis=1, keepdims=True).clip(1), 4).tolist()
+    return {
+        "loss": round(loss / max(answer_tokens, 1), 6),
+        "lr": round(max(run.train.values()) * factor, 8),
+        "tokens": tokens,
+        "samples": samples,
+        "modality": dict(zip(_KINDS, by_modality, strict=True)),
+        "expert_load": shares,
+        "micro_batches": len(batches),
+    }
+
+
+_KINDS = ("text", *PLACEHOLDER_IDS)
+
+
+def _token_counts(micro_batches: list[Arrays]) -> Counter:
+    counts: Counter = Counter()
+    for arrays in micro_batches:
+        ids, mask = arrays["input_ids"], arrays["mask"]
+        counts["all"] += int(mask.sum())
+        counts["answer"] += int((arrays["labels"] >= 0).sum())
+        counts["text"] += int((mask & (ids >= 0)).sum())
+        for kind, placeholder in PLACEHOLDER_IDS.items():
+            counts[kind] += int((ids == placeholder).sum())
+    return counts
+
+
+def _seed(config: Config, job: Job) -> int:
+    """A seed of this run's own, the same on every rank."""
+    return config.seed * 1000 + sum(map(ord, job.label))

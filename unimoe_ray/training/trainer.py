@@ -1,0 +1,140 @@
+"""The driver of a stage: Ray Train runs side by side, followed to their checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from unimoe_ray.config import Config
+from unimoe_ray.config.training import STAGES
+from unimoe_ray.data.loader import Source
+from unimoe_ray.data.samples import SampleTable
+from unimoe_ray.errors import UnimoeError, UsageError
+from unimoe_ray.training.checkpoint import ModelInfo, checkpoint_dir, is_complete
+from unimoe_ray.training.loop import Job, train_worker
+from unimoe_ray.training.stages import parents
+
+# Tasks that a machine may lack the packages for; a mixture goes on without them.
+OPTIONAL_TASKS = {"fashion", "caption_fashion", "words_fashion", "words_caption_fashion"}
+
+
+def run_stage(
+    config: Config,
+    stage: str,
+    info: ModelInfo,
+    source: Source,
+    tokenizer: Path,
+    *,
+    workers: int,
+    use_gpu: bool,
+    follow: Callable[[Path, list[str]], None],
+) -> list[str]:
+    """Train what a stage still lacks and return the labels of the runs trained (none: all were finished).
+
+    ``follow(metrics path, labels)`` is called about twice a second while the runs go on.
+    Raises UsageError for a stage or task that does not exist, UnimoeError when an earlier stage is missing or a run fails.
+    """
+    if stage not in STAGES:
+        raise UsageError(f"stage '{stage}' does not exist; allowed: {', '.join(STAGES)}, all")
+    runs = getattr(config.stages, stage)
+    for folder in parents(config, stage):
+        if not is_complete(folder):
+            before = folder.name.split("-")[0]
+            raise UnimoeError(
+                f"stage {stage} starts from {folder}, which is missing; run 'unimoe train {before}' first"
+            )
+    jobs = []
+    for name in runs:
+        folder = checkpoint_dir(config.run_dir, stage, name)
+        recipe = _recipe(config, stage, name, info, source)
+        if not is_complete(folder, recipe):
+            tasks = _available(source, runs[name].tasks, f"stages.{stage}.{name}.tasks")
+            tree = config.model_dump(mode="json")
+            jobs.append(Job(tree, info, stage, name, source, tasks, str(tokenizer), str(folder), recipe))
+    if not jobs:
+        return []
+    metrics = config.run_dir / "metrics.jsonl"
+    _forget(metrics, {job.label for job in jobs})
+    each = max(1, workers // len(jobs))
+    errors: dict[str, BaseException] = {}
+    threads = [threading.Thread(target=_fit, args=(job, config, each, use_gpu, errors), daemon=True) for job in jobs]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        follow(metrics, [job.label for job in jobs])
+        time.sleep(0.5)
+    follow(metrics, [job.label for job in jobs])
+    if errors:
+        label, error = next(iter(errors.items()))
+        raise UnimoeError(f"stage {label} failed: {_cause(error)}") from error
+    return [job.label for job in jobs]
+
+
+def _fit(job: Job, config: Config, workers: int, use_gpu: bool, errors: dict[str, BaseException]) -> None:
+    resources = {"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1}
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=job,
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=f"{job.label.replace('/', '-')}-{time.time_ns()}",
+            storage_path=str((config.run_dir / "ray_train").resolve()),
+        ),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+    )
+    try:
+        trainer.fit()
+    except (ray.exceptions.RayError, ray.train.TrainingFailedError, RuntimeError, ValueError, OSError) as error:
+        errors[job.label] = error
+
+
+def _available(source: Source, tasks: dict[str, float], key: str) -> dict[str, float]:
+    known = SampleTable(Path(source.samples)).by_task()
+    missing = [task for task in tasks if task not in known]
+    if unknown := [task for task in missing if task not in OPTIONAL_TASKS]:
+        raise UsageError(f"{key}: no prepared samples of task '{unknown[0]}'; allowed: {', '.join(sorted(known))}")
+    return {task: weight for task, weight in tasks.items() if task not in missing}
+
+
+def _recipe(config: Config, stage: str, run: str, info: ModelInfo, source: Source) -> str:
+    """A hash of all that decides what a run learns; a checkpoint with another one is trained again."""
+    samples = hashlib.sha256(Path(source.samples).read_bytes()).hexdigest()
+    earlier = [json.loads((folder / "manifest.json").read_text())["recipe"] for folder in parents(config, stage)]
+    optimizer = config.training.optimizer.model_dump(mode="json")
+    settings = getattr(config.stages, stage)[run].model_dump(mode="json")
+    moe = config.model.moe.model_dump(mode="json") if stage == "tune" else None
+    dense = replace(info, model={k: v for k, v in info.model.items() if k != "moe"})
+    parts = [stage, run, config.seed, settings, optimizer, moe, asdict(dense), samples, earlier]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _forget(metrics: Path, labels: set[str]) -> None:
+    """Drop the lines of runs that start again."""
+    if metrics.is_file():
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+        metrics.write_text(
+            "".join(f"{line}\n" for line in lines if _label(line) not in labels | {None}), encoding="utf-8"
+        )
+
+
+def _label(line: str) -> Any:
+    try:
+        return json.loads(line)["run"]
+    except (ValueError, KeyError):
+        return None
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of the deepest failure: what a user can act on."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
