@@ -142,7 +142,7 @@ def test_folding_batch_norms_keeps_the_function():
 @pytest.mark.parametrize("size", [7, 8, 9])
 @pytest.mark.parametrize("kernel", [3, 5])
 def test_same_padding_puts_the_odd_pixel_last(size, kernel):
-    """A one in the kernel's first place shows where each window begins: at 2 i less the padding before, rounded down."""
+    """A one in the kernel's first place shows where each window begins: at 2 i less half the padding, rounded down."""
     convolution = SameConv2d(1, 1, kernel, 2)
     with torch.no_grad():
         convolution.weight.zero_()
