@@ -145,7 +145,7 @@ def _read_split(path: Path, split: str, config: Config, quarantine: list[dict[st
 def _name_media(
     split: str, samples: list[Sample], media: dict[str, Media], quarantine: list[dict[str, Any]]
 ) -> dict[str, list[str]]:
-    """Content names ``<kind>/<sha256>`` of each sample's files; samples whose files can't be opened go to quarantine."""
+    """Content names ``<kind>/<sha256>`` of each sample's files; samples whose files can't be opened: quarantine."""
     keys: dict[tuple[str, ...], str] = {}
     names: dict[str, list[str]] = {}
     for sample in samples:
@@ -198,8 +198,8 @@ def _quarantine(config: Config, entries: list[dict[str, Any]], total: int) -> No
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     if total and len(entries) > config.data.max_bad_fraction * total:
         raise UnimoeError(
-            f"{len(entries)} of {total} records are bad, more than data.max_bad_fraction={config.data.max_bad_fraction}; "
-            f"reasons in {path} (first: {entries[0]['reason']})"
+            f"{len(entries)} of {total} records are bad, more than data.max_bad_fraction="
+            f"{config.data.max_bad_fraction}; reasons in {path} (first: {entries[0]['reason']})"
         )
 
 

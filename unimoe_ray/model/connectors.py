@@ -73,7 +73,7 @@ class VideoConnector(MLPConnector):
 
 
 def merge_patches(values: torch.Tensor, spatial: int, temporal: int) -> torch.Tensor:
-    """[B, frames, N, D], N a square grid, to [B, frames*N/(temporal*spatial^2), temporal*spatial^2*D], in time order."""
+    """[B, frames, N, D], N a square grid, to [B, frames*N/(temporal*spatial^2), temporal*spatial^2*D], time first."""
     b, frames, n, d = values.shape
     side = round(n**0.5)
     if side * side != n or side % spatial:

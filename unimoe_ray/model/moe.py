@@ -1,6 +1,7 @@
 """The sparse mixture-of-experts layer: a softmax top-k router over SwiGLU experts, dropless and deterministic.
 
-Uni-MoE, section 3.2 (equations 14 to 17), as the released 4-expert code computes it: softmax over the k selected logits.
+Uni-MoE, section 3.2 (equations 14 to 17), as the released 4-expert code computes it: softmax over the k selected
+logits.
 """
 
 from __future__ import annotations

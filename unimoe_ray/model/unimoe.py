@@ -115,7 +115,7 @@ class UniMoE(nn.Module):
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, eos_token_id: int) -> torch.Tensor:
-        """Greedy answers with a KV cache for a left-padded batch of prompts: [B, <= max_new_tokens] ids, padded with 0."""
+        """Greedy answers with a KV cache for a left-padded batch of prompts: [B, <= max_new_tokens] ids, 0-padded."""
         self.recorder.start(None)
         return self.language.generate(
             inputs_embeds=self.embed(batch),
