@@ -17,7 +17,7 @@ from unimoe_ray.errors import UnimoeError, UsageError
 
 def main(arguments: list[str] | None = None) -> None:
     """Exit code 0: done; 1: failed, with one line why; 2: bad usage or configuration."""
-    parsed = _parser().parse_args(arguments)
+    parsed = _parse(arguments)
     try:
         sys.exit(parsed.run(parsed) or 0)
     except UnimoeError as error:
@@ -29,6 +29,20 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("unimoe: stopped", file=sys.stderr)
         sys.exit(1)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """argparse takes positional arguments that may be absent only before the first option; here they may follow it."""
+    parser = _parser()
+    parsed, late = parser.parse_known_args(arguments)
+    if late and not any(text.startswith("-") for text in late):
+        if hasattr(parsed, "overrides"):
+            parsed.overrides, late = [*parsed.overrides, *late], []
+        elif getattr(parsed, "question", "") is None:
+            parsed.question, *late = late
+    if late:
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,9 +105,9 @@ def _run_config(folder: Path) -> Config:
     path = folder / "config.yaml"
     if not path.is_file():
         raise UnimoeError(f"{folder}: no such run folder (it has no config.yaml)")
-    settings = config.load(path)
-    settings.name, settings.runs_dir = folder.resolve().name, str(folder.resolve().parent)
-    return settings
+    tree = config.load(path).model_dump(mode="json")
+    folder = folder.resolve()
+    return config.parse(tree | {"name": folder.name, "runs_dir": str(folder.parent)})
 
 
 def _job(arguments: argparse.Namespace, work: Callable) -> int:

@@ -61,11 +61,13 @@ def parse(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "configuration"
-        message = first["msg"].removeprefix("Value error, ")
-        shown = "" if isinstance(first["input"], dict | BaseModel) else f" is {first['input']!r}:"
-        raise UsageError(f"{key}{shown} {message}") from None
+        first, *others = error.errors()
+        key = _key(first, tree)
+        # A value of several allowed types has one error for each of them.
+        same = [first, *(e for e in others if _key(e, tree) == key)]
+        message = "; ".join(e["msg"].removeprefix("Value error, ") for e in same)
+        shown = "" if isinstance(first["input"], dict | BaseModel) else f" is {first['input']!r}"
+        raise UsageError(f"{key or 'configuration'}{shown}: {message}") from None
 
 
 def dump(config: Config) -> str:
@@ -112,6 +114,18 @@ def _split_key(key: str) -> list[str]:
     """``stages.tune.tune.train.connector.image=...``: selectors under ``train`` contain dots themselves."""
     head, train, selector = key.partition(".train.")
     return [*head.split("."), "train", selector] if train else key.split(".")
+
+
+def _key(error: Any, tree: Any) -> str:
+    """The dotted key of a pydantic error. Below a value of several allowed types pydantic adds the type's name."""
+    parts: list[str] = []
+    for part in error["loc"]:
+        inside = part in tree if isinstance(tree, dict) else isinstance(tree, list) and part in range(len(tree))
+        if not inside and error["type"] != "missing":
+            break
+        parts.append(str(part))
+        tree = tree[part] if inside else None
+    return ".".join(parts)
 
 
 def _check_keys(tree: Any, model: type[BaseModel], prefix: str) -> None:

@@ -89,12 +89,12 @@ class StagesConfig(Strict):
                 for modality in run.connectors():
                     if modality in owners:
                         raise ValueError(
-                            f"stages.{stage}: connector.{modality} is trained by both '{owners[modality]}' and '{name}'"
+                            f"connector.{modality} is trained by both '{owners[modality]}' and '{name}' of {stage}"
                         )
                     owners[modality] = name
         for stage in ("base", "tune"):
             if len(getattr(self, stage)) > 1:
-                raise ValueError(f"stages.{stage} can have one run only")
+                raise ValueError(f"{stage} can have one run only")
         return self
 
 
