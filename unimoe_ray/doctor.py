@@ -145,7 +145,7 @@ def _gpus() -> Iterator[Finding]:
             free, total = torch.cuda.mem_get_info(index)
             text = f"{device.name}, {free / GIB:.0f} of {total / GIB:.0f} GiB free"
             bf16 = device.major >= 8
-            advice = "no bf16 in hardware: set training.dtype=float32"
+            advice = "no bf16 in hardware: set training.precision=fp32"
             yield Finding("machine", f"GPU {index}", text, *(() if bf16 else ("warn", advice)))
         if not torch.distributed.is_nccl_available():
             yield Finding("machine", "NCCL", "missing", "warn", "this build of torch has no NCCL: several GPUs need it")
