@@ -19,19 +19,19 @@ DATA_CPUS = 2
 def connect(config: Config) -> Iterator[None]:
     """Join the cluster of ``ray_address`` or of the environment; else start one here, ended on leaving."""
     _quiet()
+    address = config.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        _prepare_local()
     import ray
 
     if ray.is_initialized():
         yield
         return
-    address = config.ray_address or os.environ.get("RAY_ADDRESS")
     options = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:
-        if address and address != "local":
+        if address != "local":
             ray.init(address=address, **options)
         else:
-            # Only this command talks to the cluster that it starts: no token is needed, and none is left behind.
-            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
             runs = max((len(stage) for _, stage in config.stages), default=1)
             ray.init(
                 address="local",
@@ -41,11 +41,20 @@ def connect(config: Config) -> Iterator[None]:
                 **options,
             )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise UnimoeError(f"Ray at {address or 'local'}: {' '.join(str(error).split())}") from None
+        raise UnimoeError(f"Ray at {address}: {' '.join(str(error).split())}") from None
+    _quiet_data()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _quiet_data() -> None:
+    """Ray Data's own progress log would interleave with ours."""
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
 def local_workers(config: Config) -> int:
@@ -78,9 +87,16 @@ def uses_gpu(config: Config) -> bool:
 
 
 def _quiet() -> None:
-    """Warnings of Ray that no user can act on; set before Ray is imported."""
+    """Fewer warnings that no user can act on; set before Ray is imported."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+
+
+def _prepare_local() -> None:
+    """Settings of a cluster that lives on this machine, for the length of this command."""
+    # Only this command talks to it: no token is needed, and none is left behind.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # Each training run has a handful of small actors of Ray's own: expected, not worth a warning.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
+    # Nobody preempts this machine, and every watcher is a process more.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")

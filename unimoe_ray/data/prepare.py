@@ -50,7 +50,7 @@ def source(config: Config, split: str) -> Source:
         raise UnimoeError(
             f"{data_dir(config)}: no prepared data; run 'unimoe prepare' with the same configuration first"
         )
-    return Source(str(data_dir(config) / f"{split}.arrow"), json.loads(path.read_text())["partitions"])
+    return Source(str((data_dir(config) / f"{split}.arrow").resolve()), json.loads(path.read_text())["partitions"])
 
 
 def prepare(

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from unimoe_ray.config import Config
-from unimoe_ray.mini.assets import Assets, fetch
+from unimoe_ray.mini.assets import fetch
 from unimoe_ray.mini.suite import SuiteScale, build
 from unimoe_ray.mini.towers import load_towers
 
@@ -19,7 +19,7 @@ def suite(config: Config, say: Callable[[str], None]) -> Path:
     folder = Path(config.data.dir) / f"mini-{config.mini.scale}-{config.suite_seed}"
     if not (folder / "suite.json").is_file():
         say("fetching the mini assets")
-        assets = _assets()
+        assets = fetch()
         say(f"making the task suite in {folder}")
         build(folder, assets, config.suite_seed, scale)
     return folder
@@ -40,9 +40,4 @@ def towers(config: Config) -> dict:
 
 @lru_cache(maxsize=1)
 def _towers(names: tuple[tuple[str, str], ...], random: bool) -> dict:
-    return load_towers(dict(names), None if random else _assets(), random=random)
-
-
-@lru_cache(maxsize=1)
-def _assets() -> Assets:
-    return fetch()
+    return load_towers(dict(names), None if random else fetch(debian_packages=False), random=random)

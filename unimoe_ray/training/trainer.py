@@ -25,7 +25,7 @@ from unimoe_ray.training.loop import Job, train_worker
 from unimoe_ray.training.stages import parents
 
 # Tasks that a machine may lack the packages for; a mixture goes on without them.
-OPTIONAL_TASKS = {"fashion", "caption_fashion", "words_fashion", "words_caption_fashion"}
+OPTIONAL_TASKS = {"fashion", "words_fashion"}
 
 
 def run_stage(
@@ -53,14 +53,15 @@ def run_stage(
             raise UnimoeError(
                 f"stage {stage} starts from {folder}, which is missing; run 'unimoe train {before}' first"
             )
+    # Workers run in folders of their own.
+    tree = config.model_dump(mode="json") | {"runs_dir": str(Path(config.runs_dir).resolve())}
     jobs = []
     for name in runs:
         folder = checkpoint_dir(config.run_dir, stage, name)
         recipe = _recipe(config, stage, name, info, source)
         if not is_complete(folder, recipe):
             tasks = _available(source, runs[name].tasks, f"stages.{stage}.{name}.tasks")
-            tree = config.model_dump(mode="json")
-            jobs.append(Job(tree, info, stage, name, source, tasks, str(tokenizer), str(folder), recipe))
+            jobs.append(Job(tree, info, stage, name, source, tasks, str(tokenizer.resolve()), str(folder.resolve()), recipe))
     if not jobs:
         return []
     metrics = config.run_dir / "metrics.jsonl"
