@@ -14,6 +14,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 SAMPLE_RATE = 16_000
 MAX_PIXELS = 64_000_000
 MAX_SECONDS = 600.0
+# Beyond these a header is damaged, and resampling would take gigabytes.
+RATES = (1_000, 768_000)
 _VIDEO_CONTAINERS = {".mp4", ".m4a", ".mov", ".mkv", ".webm", ".avi", ".mp3"}
 
 
@@ -25,11 +27,14 @@ def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An RGB image, EXIF orientation applied. Raises BadMedia."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 if image.width * image.height > max_pixels:
                     raise BadMedia(f"{path}: {image.width} x {image.height} pixels; at most {max_pixels} are allowed")
-                return ImageOps.exif_transpose(image).convert("RGB")
+                upright = ImageOps.exif_transpose(image)
+                if upright.mode.startswith("I;16"):  # Pillow would clip these greys instead of scaling them.
+                    upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+                return upright.convert("RGB")
     except UnidentifiedImageError:
         raise BadMedia(f"{path}: not an image that can be read") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -61,6 +66,8 @@ def load_video(
             if not container.streams.video:
                 raise BadMedia(f"{path}: has no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise BadMedia(f"{path}: has a video stream of an unknown codec")
             if stream.width * stream.height > max_pixels:
                 raise BadMedia(f"{path}: {stream.width} x {stream.height} pixels; at most {max_pixels} are allowed")
             for index, frame in enumerate(container.decode(stream)):
@@ -94,13 +101,13 @@ def _read(path: str | Path, max_seconds: float) -> np.ndarray:
             wave = file.read(dtype="float32", always_2d=True).mean(axis=1)
     except (soundfile.LibsndfileError, OSError) as error:
         raise BadMedia(f"{path}: {_reason(error)}") from None
-    return wave if rate == SAMPLE_RATE else _resample(wave, rate)
+    return wave if rate == SAMPLE_RATE else _resample(wave, rate, path)
 
 
-def _resample(wave: np.ndarray, rate: int) -> np.ndarray:
+def _resample(wave: np.ndarray, rate: int, path: str | Path) -> np.ndarray:
     frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave[None]), format="flt", layout="mono")
     frame.sample_rate = rate
-    return _concatenate(iter([frame]))
+    return _concatenate(iter([frame]), path)
 
 
 def _decode_with_av(path: str | Path, max_seconds: float) -> np.ndarray:
@@ -109,16 +116,18 @@ def _decode_with_av(path: str | Path, max_seconds: float) -> np.ndarray:
             if not container.streams.audio:
                 raise BadMedia(f"{path}: has no sound track")
             return _concatenate(
-                container.decode(container.streams.audio[0]), limit=int(max_seconds * SAMPLE_RATE), path=path
+                container.decode(container.streams.audio[0]), path, limit=int(max_seconds * SAMPLE_RATE)
             )
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise BadMedia(f"{path}: {_reason(error)}") from None
 
 
-def _concatenate(frames: Iterator[av.AudioFrame], limit: int | None = None, path: str | Path = "") -> np.ndarray:
+def _concatenate(frames: Iterator[av.AudioFrame], path: str | Path, limit: int | None = None) -> np.ndarray:
     resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
     parts, total = [], 0
     for frame in _then_none(frames):
+        if frame is not None and not RATES[0] <= frame.sample_rate <= RATES[1]:
+            raise BadMedia(f"{path}: sampled at {frame.sample_rate} Hz; {RATES[0]} to {RATES[1]} Hz are allowed")
         for piece in resampler.resample(frame):
             parts.append(piece.to_ndarray()[0])
             total += len(parts[-1])

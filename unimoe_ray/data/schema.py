@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 PLACEHOLDER = re.compile(r"<(image|video|audio|speech)>")
 Kind = Literal["image", "video", "audio", "speech"]
@@ -16,9 +16,19 @@ class BadSample(Exception):
     """The reason why a record can't be used; it goes to quarantine, the run goes on."""
 
 
+def _is_unicode(value: Any) -> Any:
+    """JSON can hold half of a surrogate pair, which no file or tokenizer takes."""
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("has half of a surrogate pair, which is no character")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_is_unicode)]
+
+
 class Turn(BaseModel):
     speaker: Literal["human", "gpt"] = Field(alias="from")
-    value: str
+    value: Text
 
 
 class _Record(BaseModel):
@@ -27,14 +37,28 @@ class _Record(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    id: str | int | None = None
-    task: str = "default"
+    id: Annotated[str | int | None, AfterValidator(_is_unicode)] = None
+    task: Text = "default"
     conversations: list[Turn] = Field(min_length=1)
     image: str | list[str] = []
     audio: str | list[str] = []
     speech: str | list[str] = []
     voice: str | list[str] = []
     video: str | list[str] | list[list[str]] = []
+
+    @field_validator("image", "audio", "speech", "voice", "video")
+    @classmethod
+    def _paths(cls, value: str | list) -> str | list:
+        if isinstance(value, list):
+            if [] in value:
+                raise ValueError("a video without frames")
+            for entry in value:
+                cls._paths(entry)
+        elif not value:
+            raise ValueError("an empty path")
+        elif "\0" in value:
+            raise ValueError("a path with a null character")
+        return _is_unicode(value)
 
 
 @dataclass(frozen=True)
@@ -68,7 +92,7 @@ def parse_record(record: Any, index: int, voice_as: Kind = "speech", allow_empty
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "record"
-        raise BadSample(f"{where}: {first['msg']}") from None
+        raise BadSample(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
     turns = _pair_turns(parsed.conversations, allow_empty_answer)
     media = _match_placeholders(turns, _files(parsed, voice_as))
     sample_id = str(index if parsed.id is None else parsed.id)
