@@ -43,19 +43,16 @@ def loss_chart(curve: Curve) -> Html | None:
         return None
     smooth = smoothed(mean)
     title = f"Loss of {curve.run}, from {smooth[0]:.3g} at step {steps[0]} to {smooth[-1]:.3g} at step {steps[-1]}"
-    linear = _Axes(
-        steps[0], max(steps[-1], steps[0] + 1), min(0.0, float(low.min())), float(high.max()) or 1.0, log=False
-    )
+    x1, top = max(steps[-1], steps[0] + 1), float(high.max())
+    linear = _Axes(steps[0], x1, min(0.0, float(low.min())), max(0.0, top) or 1.0, log=False)
     charts = [_draw(linear, curve, steps, low, mean, high, smooth, title)]
     floor = float(low.min())
     if floor > 0:
-        log = _Axes(linear.x0, linear.x1, floor / 1.1, float(high.max()) * 1.1, log=True)
+        log = _Axes(linear.x0, linear.x1, floor / 1.1, top * 1.1, log=True)
         charts.append(_draw(log, curve, steps, low, mean, high, smooth, title))
     else:
         charts.append(tag("p", "The loss reaches 0: no logarithmic scale.", class_="missing scale-log"))
-    points = [
-        [int(s), round(float(raw), 4), round(float(even), 4)] for s, raw, even in zip(steps, mean, smooth, strict=True)
-    ]
+    points = [[int(s), _digits(raw), _digits(even)] for s, raw, even in zip(steps, mean, smooth, strict=True)]
     kind = colour_of(curve.run)
     caption = tag(
         "figcaption",
@@ -70,6 +67,10 @@ def loss_chart(curve: Curve) -> Html | None:
         class_=f"chart {kind}",
         data_points=json.dumps(points, separators=(",", ":")),
     )
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def condense(steps: Sequence[int], losses: Sequence[float], limit: int) -> tuple[np.ndarray, ...]:
