@@ -58,7 +58,9 @@ class MoELayer(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, RoutingStats]:
         """``x`` [..., H] to ([..., H], stats). Every token passes through exactly K experts, whatever the load."""
         tokens = x.reshape(-1, x.shape[-1])
-        logits = F.linear(tokens.float(), self.gate.weight.float())
+        with torch.autocast(tokens.device.type, enabled=False):  # it would route in bf16
+            dtype = torch.promote_types(tokens.dtype, torch.float32)
+            logits = F.linear(tokens.to(dtype), self.gate.weight.to(dtype))
         top_logits, top_experts = logits.topk(self.top_k, dim=-1)
         weights = top_logits.softmax(dim=-1)
 
@@ -70,10 +72,10 @@ class MoELayer(nn.Module):
         # Experts without tokens run on zero rows: their gradients must exist on every rank.
         outputs = torch.cat([expert(chunk) for expert, chunk in zip(self.experts, rows, strict=True)])
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        routed = outputs[inverse].view(*top_experts.shape, -1)
+        routed = outputs[inverse].view(*top_experts.shape, x.shape[-1])
         y = (routed * weights.unsqueeze(-1).to(routed.dtype)).sum(dim=1)
 
         probability = logits.softmax(dim=-1).mean(dim=0) if len(tokens) else logits.new_zeros(self.num_experts)
-        share = counts.float() / max(len(slots), 1)
+        share = counts.to(dtype) / max(len(slots), 1)
         stats = RoutingStats(counts, probability, self.num_experts * (probability * share).sum(), top_experts)
         return y.view_as(x), stats
