@@ -16,10 +16,15 @@ from unimoe_ray.tables import accuracy_table
 def evaluate(config: Config, progress: TrainProgress, started: float | None = None) -> None:
     """``started``: when the whole run began (``time.perf_counter``), for the report."""
     begun = time.perf_counter() if started is None else started
-    result = pipeline.evaluate(config, progress)
-    write_evaluation(config.run_dir, result, pipeline.stamp(config, time.perf_counter() - begun))
+    if earlier := pipeline.earlier_evaluation(config):
+        tasks = earlier["tasks"]
+        progress.message("evaluation: finished already")
+    else:
+        result = pipeline.evaluate(config, progress)
+        write_evaluation(config.run_dir, result, pipeline.stamp(config, time.perf_counter() - begun))
+        tasks = result.tasks
     report = write_report(config.run_dir)
-    progress.console.print(accuracy_table(config, result))
+    progress.console.print(accuracy_table(config, tasks))
     progress.message(f"report: {report}")
 
 

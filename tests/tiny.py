@@ -118,7 +118,7 @@ def make_tiny_run(root: Path, **changes) -> TinyRun:
 
 
 def save_start(run: TinyRun, model: UniMoE, stage: str, name: str) -> None:
-    save_model(checkpoint_dir(run.config.run_dir, stage, name), model, run.info, run.tokenizer, recipe="start")
+    save_model(checkpoint_dir(run.config.run_dir, stage, name), model, run.info, run.tokenizer, made_by="start")
 
 
 def _random_features(kind: str, dim: int, rng: np.random.Generator) -> StoredFeatures:

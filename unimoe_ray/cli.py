@@ -164,7 +164,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"tasks": result.tasks} | stamp))
     else:
-        Console().print(accuracy_table(settings, result))
+        Console().print(accuracy_table(settings, result.tasks))
     return 0
 
 

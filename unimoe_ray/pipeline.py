@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +23,7 @@ from unimoe_ray.evaluation.evaluate import Evaluation
 from unimoe_ray.mini import source as mini
 from unimoe_ray.model.connectors import build_connector
 from unimoe_ray.progress import TrainProgress, follow_metrics
+from unimoe_ray.training import checkpoint
 from unimoe_ray.training.checkpoint import ModelInfo
 
 Say = Callable[[str], None]
@@ -148,11 +150,19 @@ def evaluate(
 
 
 def stamp(config: Config, seconds: float) -> dict[str, Any]:
-    """What identifies an evaluation: towers, suite, seed, time."""
+    """What identifies an evaluation: model, towers, suite, seed, time."""
     kind = "random" if config.mini.random_towers else "pretrained"
     return {
         "towers": dict.fromkeys(config.model.towers.model_dump(), kind),
         "suite": mini.suite_hash(config),
         "seed": config.seed,
         "seconds": round(seconds, 1),
+        "model": checkpoint.recipe(evaluating.final_model(config)),
     }
+
+
+def earlier_evaluation(config: Config) -> dict[str, Any] | None:
+    """``eval.json`` of the run, if it is of the present model."""
+    path = config.run_dir / "eval.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return found if found.get("model") == checkpoint.recipe(evaluating.final_model(config)) else None

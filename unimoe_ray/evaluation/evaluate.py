@@ -41,9 +41,10 @@ def final_model(config: Config, stage: str | None = None) -> Path:
     """The folder of the last finished stage's model (or of ``stage``). Raises UnimoeError if there is none."""
     names = [stage] if stage else list(reversed(STAGES))
     for name in names:
-        folder = checkpoint_dir(config.run_dir, name, name)
-        if name != "experts" and is_complete(folder):
-            return folder
+        for run in getattr(config.stages, name) if name != "experts" else ():
+            folder = checkpoint_dir(config.run_dir, name, run)
+            if is_complete(folder):
+                return folder
     raise UnimoeError(
         f"{config.run_dir}: no finished model in {config.run_dir / 'checkpoints'}; run 'unimoe train all' first"
     )

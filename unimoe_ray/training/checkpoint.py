@@ -1,4 +1,4 @@
-"""Model folders at the end of a stage: safetensors, configuration and tokenizer, committed by a checksummed manifest."""
+"""Model folders at the end of a stage: weights, configuration and tokenizer, committed by a checksummed manifest."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ def checkpoint_dir(run_dir: Path, stage: str, run: str) -> Path:
     return run_dir / "checkpoints" / (stage if stage == run else f"{stage}-{run}")
 
 
-def save_model(folder: Path, model: UniMoE, info: ModelInfo, tokenizer: Path, recipe: str) -> None:
-    """Write a folder beside ``folder`` and rename it when complete. ``recipe`` identifies how it was made."""
+def save_model(folder: Path, model: UniMoE, info: ModelInfo, tokenizer: Path, made_by: str) -> None:
+    """Write a folder beside ``folder`` and rename it when complete. ``made_by``: its recipe, a hash of all that
+    decides what it learned."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -53,20 +54,25 @@ def save_model(folder: Path, model: UniMoE, info: ModelInfo, tokenizer: Path, re
     (temporary / "config.json").write_text(json.dumps(asdict(info), indent=1))
     shutil.copy(tokenizer, temporary / "tokenizer.json")
     files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-    (temporary / "manifest.json").write_text(json.dumps({"recipe": recipe, "files": files}, indent=1))
+    (temporary / "manifest.json").write_text(json.dumps({"recipe": made_by, "files": files}, indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
 
 
-def is_complete(folder: Path, recipe: str | None = None) -> bool:
+def is_complete(folder: Path, made_by: str | None = None) -> bool:
     """Whether a folder was committed, all files intact, and (if given) made by this recipe."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        if recipe is not None and manifest["recipe"] != recipe:
+        if made_by is not None and manifest["recipe"] != made_by:
             return False
         return all(_sha256(folder / name) == digest for name, digest in manifest["files"].items())
     except (OSError, ValueError, KeyError):
         return False
+
+
+def recipe(folder: Path) -> str:
+    """The recipe that a complete folder was made by."""
+    return json.loads((folder / "manifest.json").read_text())["recipe"]
 
 
 def load_info(folder: Path) -> ModelInfo:

@@ -38,15 +38,12 @@ def parents(config: Config, stage: str) -> list[Path]:
     if stage == "tune" and config.model.moe.init == "copies":
         before = [s for s in before if s != "experts"]
     trained = [s for s in before if getattr(config.stages, s)]
-    if stage == "tune" and "experts" in trained:
-        wanted = trained[-2:]
-    else:
-        wanted = trained[-1:]
+    wanted = trained[-2:] if stage == "tune" and "experts" in trained else trained[-1:]
     return [checkpoint_dir(config.run_dir, s, run) for s in wanted for run in getattr(config.stages, s)]
 
 
 def start_model(config: Config, info: ModelInfo, stage: str) -> UniMoE:
-    """The model at the start of a stage, from the checkpoints of the stages before. ``info`` describes a dense model."""
+    """The model at the start of a stage, from the checkpoints of those before. ``info`` describes a dense model."""
     model = info.build()
     for folder in parents(config, stage):
         if not folder.name.startswith("experts"):

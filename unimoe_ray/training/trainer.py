@@ -21,6 +21,7 @@ from unimoe_ray.data.loader import Source
 from unimoe_ray.data.samples import SampleTable
 from unimoe_ray.errors import UnimoeError, UsageError
 from unimoe_ray.training.checkpoint import ModelInfo, checkpoint_dir, is_complete
+from unimoe_ray.training.checkpoint import recipe as recipe_of
 from unimoe_ray.training.loop import Job, train_worker
 from unimoe_ray.training.stages import parents
 
@@ -42,7 +43,8 @@ def run_stage(
     """Train what a stage still lacks and return the labels of the runs trained (none: all were finished).
 
     ``follow(metrics path, labels)`` is called about twice a second while the runs go on.
-    Raises UsageError for a stage or task that does not exist, UnimoeError when an earlier stage is missing or a run fails.
+    Raises UsageError for a stage or task that does not exist, UnimoeError when an earlier stage is missing or a run
+    fails.
     """
     if stage not in STAGES:
         raise UsageError(f"stage '{stage}' does not exist; allowed: {', '.join(STAGES)}, all")
@@ -61,7 +63,9 @@ def run_stage(
         recipe = _recipe(config, stage, name, info, source)
         if not is_complete(folder, recipe):
             tasks = _available(source, runs[name].tasks, f"stages.{stage}.{name}.tasks")
-            jobs.append(Job(tree, info, stage, name, source, tasks, str(tokenizer.resolve()), str(folder.resolve()), recipe))
+            jobs.append(
+                Job(tree, info, stage, name, source, tasks, str(tokenizer.resolve()), str(folder.resolve()), recipe)
+            )
     if not jobs:
         return []
     metrics = config.run_dir / "metrics.jsonl"
@@ -110,7 +114,7 @@ def _available(source: Source, tasks: dict[str, float], key: str) -> dict[str, f
 def _recipe(config: Config, stage: str, run: str, info: ModelInfo, source: Source) -> str:
     """A hash of all that decides what a run learns; a checkpoint with another one is trained again."""
     samples = hashlib.sha256(Path(source.samples).read_bytes()).hexdigest()
-    earlier = [json.loads((folder / "manifest.json").read_text())["recipe"] for folder in parents(config, stage)]
+    earlier = [recipe_of(folder) for folder in parents(config, stage)]
     optimizer = config.training.optimizer.model_dump(mode="json")
     settings = getattr(config.stages, stage)[run].model_dump(mode="json")
     moe = config.model.moe.model_dump(mode="json") if stage == "tune" else None
