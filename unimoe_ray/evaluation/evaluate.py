@@ -107,7 +107,8 @@ def write_evaluation(run_dir: Path, result: Evaluation, stamp: dict[str, Any]) -
 
 
 def _choose(config: Config, known: dict[str, Any], tasks: list[str] | None) -> dict[str, Any]:
-    wanted = tasks or [*config.evaluation.tasks, *(t for t in OPTIONAL_TASKS if t in known)] or list(known)
+    named = config.evaluation.tasks
+    wanted = tasks or ([*named, *(t for t in OPTIONAL_TASKS if t in known)] if named else list(known))
     for task in wanted:
         if task not in known:
             raise UsageError(f"task '{task}' has no held-out samples; allowed: {', '.join(sorted(known))}")
