@@ -50,11 +50,11 @@ def connect(config: Config) -> Iterator[None]:
 
 
 def _quiet_data() -> None:
-    """Ray Data's own progress log would interleave with ours."""
+    """Ray Data's own progress would interleave with ours; its errors are raised, and shown in one line."""
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 def local_workers(config: Config) -> int:

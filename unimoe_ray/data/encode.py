@@ -15,6 +15,7 @@ from unimoe_ray.config.data import DataConfig
 from unimoe_ray.data.media import BadMedia, load_audio, load_image, load_video, pick_frames
 from unimoe_ray.data.schema import Media
 from unimoe_ray.data.store import FeatureStore, StoredFeatures, partition_dir, write_block
+from unimoe_ray.errors import UnimoeError, root_cause
 
 TOWER_OF = {"image": "image", "video": "image", "audio": "audio", "speech": "speech"}
 
@@ -126,11 +127,14 @@ def encode_missing(
     )
     broken: dict[str, str] = {}
     done = 0
-    for result in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for row in result.to_pylist():
-            if row["reason"]:
-                broken[f"{row['modality']}/{row['key']}"] = row["reason"]
-        done += len(result)
-        if on_progress:
-            on_progress(done, total)
+    try:
+        for result in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for row in result.to_pylist():
+                if row["reason"]:
+                    broken[f"{row['modality']}/{row['key']}"] = row["reason"]
+            done += len(result)
+            if on_progress:
+                on_progress(done, total)
+    except ray.exceptions.RayError as error:
+        raise UnimoeError(f"encoding media failed: {root_cause(error)}") from error
     return broken, total - len(broken)

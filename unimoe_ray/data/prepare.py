@@ -68,14 +68,19 @@ def prepare(
     """
     stamp = _stamp(config, root, settings)
     done = data_dir(config) / "prepared.json"
-    if done.is_file() and (found := json.loads(done.read_text()))["stamp"] == stamp:
-        return Prepared(**found["summary"] | {"encoded": 0})
+    if done.is_file():
+        found = json.loads(done.read_text())
+        if found["stamp"] == stamp and all(Path(folder).is_dir() for folder in found["partitions"].values()):
+            return Prepared(**found["summary"] | {"encoded": 0})
+    # From here on the files below belong to neither the old nor the new configuration, until all are written.
+    done.unlink(missing_ok=True)
 
     quarantine: list[dict[str, Any]] = []
     samples: dict[str, list[Sample]] = {}
     for split in SPLITS:
         on_progress(f"reading {split}.json", 0, 1)
         samples[split] = _read_split(root / f"{split}.json", split, config, quarantine)
+    records = sum(map(len, samples.values())) + len(quarantine)
     media: dict[str, Media] = {}
     names = {split: _name_media(split, items, media, quarantine) for split, items in samples.items()}
     broken, encoded = encode_missing(media, settings, workers, lambda n, of: on_progress("encoding media", n, of))
@@ -84,6 +89,7 @@ def prepare(
     partitions = {kind: str(partition_dir(Path(settings.root), kind, f)) for kind, f in settings.fingerprints.items()}
     stores = {kind: FeatureStore(Path(folder)) for kind, folder in partitions.items()}
     summary = Prepared(media=len(media), encoded=encoded)
+    used: set[str] = set()
     for split, items in samples.items():
         rows = []
         for sample in items:
@@ -102,10 +108,14 @@ def prepare(
                 continue
             rows.append(row)
         write_samples(data_dir(config) / f"{split}.arrow", rows)
+        used |= {name.split("/")[0] for row in rows for name in row.media}
         summary.samples[split] = dict(sorted(Counter(row.task for row in rows).items()))
     summary.quarantined = len(quarantine)
-    _quarantine(config, quarantine, sum(map(len, samples.values())) + len(quarantine))
-    done.write_text(json.dumps({"stamp": stamp, "partitions": partitions, "summary": asdict(summary)}, indent=1))
+    _quarantine(config, quarantine, records)
+    partitions = {kind: partitions[kind] for kind in sorted(used)}
+    temporary = done.with_name(f".{done.name}")
+    temporary.write_text(json.dumps({"stamp": stamp, "partitions": partitions, "summary": asdict(summary)}, indent=1))
+    temporary.replace(done)
     return summary
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from unimoe_ray.errors import UnimoeError
+
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -47,7 +49,7 @@ def partition_dir(root: Path, modality: str, fingerprint: str) -> Path:
 
 
 def write_block(folder: Path, keys: list[str], features: list[StoredFeatures]) -> Path:
-    """One block, visible only when complete. The same keys give the same file name."""
+    """One block, visible only when complete. The same keys give the same file name. Raises UnimoeError (disk full)."""
     folder.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pydict(
         {
@@ -60,8 +62,12 @@ def write_block(folder: Path, keys: list[str], features: list[StoredFeatures]) -
     )
     name = hashlib.sha256("".join(keys).encode()).hexdigest()[:24]
     temporary = folder / f".{name}.{os.getpid()}"
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        writer.write_table(table)
+    try:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            writer.write_table(table)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UnimoeError(f"{folder}: {error}") from None
     path = folder / f"block-{name}.arrow"
     temporary.replace(path)
     return path

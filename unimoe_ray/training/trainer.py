@@ -19,7 +19,7 @@ from unimoe_ray.config import Config
 from unimoe_ray.config.training import STAGES
 from unimoe_ray.data.loader import Source
 from unimoe_ray.data.samples import SampleTable
-from unimoe_ray.errors import UnimoeError, UsageError
+from unimoe_ray.errors import UnimoeError, UsageError, root_cause
 from unimoe_ray.training.checkpoint import ModelInfo, checkpoint_dir, is_complete
 from unimoe_ray.training.checkpoint import recipe as recipe_of
 from unimoe_ray.training.loop import Job, train_worker
@@ -81,7 +81,7 @@ def run_stage(
     follow(metrics, [job.label for job in jobs])
     if errors:
         label, error = next(iter(errors.items()))
-        raise UnimoeError(f"stage {label} failed: {_cause(error)}") from error
+        raise UnimoeError(f"stage {label} failed: {root_cause(error)}") from error
     return [job.label for job in jobs]
 
 
@@ -137,9 +137,3 @@ def _label(line: str) -> Any:
         return json.loads(line)["run"]
     except (ValueError, KeyError):
         return None
-
-
-def _cause(error: BaseException) -> str:
-    """The last line of the deepest failure: what a user can act on."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
