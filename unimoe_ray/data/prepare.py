@@ -103,7 +103,8 @@ def prepare(
             answer = 0 if split == "train" else config.evaluation.max_new_tokens
             if row.length + answer > config.model.language.max_positions:
                 limit = config.model.language.max_positions
-                reason = f"{row.length} tokens with media; model.language.max_positions is {limit}"
+                kept = f" and {answer} kept for the answer" if answer else ""
+                reason = f"{row.length} tokens with media{kept}; model.language.max_positions is {limit}"
                 quarantine.append({"split": split, "id": sample.id, "reason": reason})
                 continue
             rows.append(row)

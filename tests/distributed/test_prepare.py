@@ -1,0 +1,153 @@
+"""Real files through real (randomly weighted) towers in Ray Data's actors; broken ones end in quarantine."""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import ray
+import soundfile
+from PIL import Image
+
+from tests.tiny import tiny_config
+from unimoe_ray.config.model import MODALITIES
+from unimoe_ray.data import prepare as preparing
+from unimoe_ray.data.encode import TOWER_OF, EncodeSettings, decode_media, encode_files
+from unimoe_ray.data.loader import read_features
+from unimoe_ray.data.samples import SampleTable
+from unimoe_ray.data.schema import parse_record
+from unimoe_ray.mini.towers import load_towers
+from unimoe_ray.model.connectors import build_connector
+
+NAMES = {"image": "efficientnet_lite0", "speech": "whisper_tiny_en", "audio": "yamnet"}
+LOAD = partial(load_towers, NAMES, None, random=True)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
+    yield
+    ray.shutdown()
+
+
+def noise(seconds: float, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 0.1, round(16_000 * seconds)).astype(np.float32)
+
+
+def picture(path: Path, seed: int) -> Path:
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def movie(path: Path, sound: np.ndarray | None) -> Path:
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("mpeg4", rate=8)
+        video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
+        audio = container.add_stream("aac", rate=16_000, layout="mono") if sound is not None else None
+        for grey in (0, 100, 200):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), grey, np.uint8), format="rgb24")
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        if audio is not None:
+            frame = av.AudioFrame.from_ndarray(sound[None], format="fltp", layout="mono")
+            frame.sample_rate = 16_000
+            container.mux([*audio.encode(frame), *audio.encode(None)])
+    return path
+
+
+def record(name: str, question: str, **fields) -> dict:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "yes"}]
+    return {"id": name, "task": "look", "conversations": turns, **fields}
+
+
+def make_files(root: Path) -> None:
+    root.mkdir()
+    whole = picture(root / "whole.png", 0).read_bytes()
+    (root / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    (root / "text.png").write_text("this is no picture")
+    picture(root / "other.png", 1)
+    soundfile.write(root / "empty.wav", np.zeros(0), 16_000)
+    soundfile.write(root / "speech.wav", noise(1.0, 2), 16_000)
+    soundfile.write(root / "sound.wav", noise(1.5, 3), 16_000)
+    movie(root / "sound.mp4", noise(1.5, 4))
+    movie(root / "silent.mp4", None)
+
+
+GOOD = [
+    record("image", "<image> x?", image="whole.png"),
+    record("mixed", "<speech> and <image> x?", image="other.png", speech="speech.wav"),
+    record("video", "<video>\n<audio>\nx?", video="sound.mp4", audio="sound.mp4"),
+    record("sounds", "<audio> <audio> x?", audio=["sound.wav", "sound.mp4"]),
+    record("frames", "<video> x?", video=["whole.png", "other.png", "whole.png"]),
+    record("silent", "<video> x?", video="silent.mp4"),
+]
+BAD = {
+    "truncated": (record("truncated", "<image> x?", image="truncated.png"), "truncated.png: .*truncated"),
+    "twice": (record("twice", "<image> <image> x?", image=["whole.png", "truncated.png"]), "truncated.png"),
+    "text": (record("text", "<image> x?", image="text.png"), "text.png: not an image that can be read"),
+    "empty": (record("empty", "<speech> x?", speech="empty.wav"), "empty.wav: has no sound samples"),
+    "mute": (record("mute", "<audio> x?", audio="silent.mp4"), "silent.mp4: has no sound track"),
+    "wrong": (record("wrong", "<video> x?", video="sound.wav"), "sound.wav: has no video stream"),
+    "deaf": (record("deaf", "<audio> x?", audio="whole.png"), "whole.png: .*[Ff]ormat"),
+    "late": (record("late", "<image> <image>" + " x" * 200, image=["whole.png", "other.png"]), "tokens with media"),
+}
+
+
+def test_good_files_are_encoded_once_and_broken_ones_are_quarantined(cluster, tmp_path):
+    make_files(tmp_path / "source")
+    towers = LOAD()
+    fingerprints = {kind: towers[TOWER_OF[kind]].fingerprint() for kind in MODALITIES}
+    changes = {"data": {"max_bad_fraction": 0.6}, "model": {"language": {"max_positions": 128}}}
+
+    def prepare(name: str):
+        config = tiny_config(tmp_path, name=name, **changes)
+        settings = EncodeSettings(str(tmp_path / "features"), fingerprints, 2, config.data, LOAD)
+        video, connector = config.model.video, config.model.connector
+        connectors = {m: build_connector(m, towers[TOWER_OF[m]].feature_dim, 1, connector, video) for m in MODALITIES}
+        seen = []
+        result = preparing.prepare(
+            config,
+            tmp_path / "source",
+            settings,
+            lambda kind, lengths: connectors[kind].soft_tokens(lengths),
+            2,
+            lambda *progress: seen.append(progress),
+        )
+        return config, result, seen
+
+    for split, records in (("train", GOOD + [bad for bad, _ in BAD.values()]), ("dev", GOOD), ("test", GOOD[:1])):
+        (tmp_path / "source" / f"{split}.json").write_text(json.dumps(records))
+    config, result, seen = prepare("first")
+    assert result.samples == {"train": {"look": 6}, "dev": {"look": 6}, "test": {"look": 1}}
+    entries = [json.loads(line) for line in (config.run_dir / "quarantine.jsonl").read_text().splitlines()]
+    assert result.quarantined == len(entries) == len(BAD)
+    for entry in entries:
+        assert re.search(BAD[entry["id"]][1], entry["reason"]), entry
+        assert entry["split"] == "train" and "\n" not in entry["reason"]
+    # By kind: 4 images, 4 videos (one of frames), 4 sounds, 2 of speech; 2 + 1 + 2 + 1 of them are broken.
+    assert (result.media, result.encoded) == (14, 8)
+    assert seen[-1] == ("encoding media", 14, 14)
+
+    source = preparing.source(config, "train")
+    table = SampleTable(Path(source.samples))
+    by_id = {table.get(row).id: table.get(row) for row in range(len(table))}
+    assert by_id.keys() == {good["id"] for good in GOOD}
+    assert by_id["image"].soft_tokens == [16] and by_id["video"].soft_tokens == [4, 6]
+    assert by_id["mixed"].soft_tokens == [13, 16] and by_id["frames"].group == "video"
+    for index, good in enumerate(GOOD):
+        files = preparing.resolve(parse_record(good, index), tmp_path / "source").media
+        for name, item in zip(by_id[good["id"]].media, files, strict=True):
+            wanted = encode_files(towers[TOWER_OF[item.kind]], [decode_media(item, 2, config.data)])[0]
+            found = read_features(source, name)
+            assert found.lengths == wanted.lengths
+            scale = np.abs(wanted.values.astype(np.float32)).max()
+            assert scale > 0 and np.abs(found.values - wanted.values.astype(np.float32)).max() < 4e-3 * scale
+
+    # Another run on the same data finds all that is sound; only broken files are tried again.
+    _, again, seen = prepare("second")
+    assert (again.encoded, again.samples) == (0, result.samples)
+    assert ("encoding media", 6, 6) in seen
+    assert prepare("second")[1:] == (again, [])
