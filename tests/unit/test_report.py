@@ -198,7 +198,9 @@ def test_everything_that_the_page_refers_to_is_there_and_local(finished) -> None
     for link in page.all("a", "href"):
         assert (run / "report" / link).exists() if not link.startswith("#") else f'id="{link[1:]}"' in text
     assert "http" not in re.sub(r"<svg.*?</svg>", "", text, flags=re.S)
-    assert {p.name for p in (run / "report" / "media").iterdir()} == {s.removeprefix("media/") for s in sources}
+    assert {p.name for p in (run / "report" / "media").iterdir()} == {
+        s.removeprefix("media/") for s in sources + page.all("video", "poster")
+    }
 
 
 def test_numbers_of_the_page_are_those_of_the_run(finished) -> None:
@@ -314,6 +316,16 @@ def test_wilson_interval_is_the_textbooks() -> None:
     # Newcombe 1998, table I, method 3: 81/263, 15/148, 0/20.
     for k, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
         assert wilson(k / n, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_heat_maps_come_in_one_order_and_share_one_scale(tmp_path) -> None:
+    load = {"zebra": [[0.3, 0.7]], "speech": [[0.8, 0.2]], "text": [[0.5, 0.5]]}
+    (tmp_path / "routing.json").write_text(json.dumps({"experts": ["base"], "layers": 1, "load": load}))
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    text = write_report(tmp_path).read_text()
+    assert re.findall(r'<figure class="map[^>]*>.*?<strong>(\w+)', text) == ["text", "speech", "zebra"]
+    assert re.findall(r"--depth:([\d.]+)%", text) == ["50.0", "50.0", "80.0", "20.0", "30.0", "70.0"]
+    assert "expert 1" in text
 
 
 def test_long_runs_are_condensed_without_losing_extremes() -> None:

@@ -49,8 +49,8 @@ def _card(folder: Path, sample: dict[str, Any], media: Path) -> Html:
     correct = bool(sample["correct"])
     question = str(sample["question"]).strip()
     spoken = any(item.get("kind") == "speech" for item in _media_of(sample))
-    verdict = tag("span", "✓ right" if correct else "✗ wrong", class_="verdict")
-    words = [tag("div", tag("dt", "answer"), tag("dd", str(sample["answer"]) or "(nothing)", verdict))]
+    verdict = tag("dt", "✓ right" if correct else "✗ wrong", class_="verdict")
+    words = [tag("div", verdict, tag("dd", str(sample["answer"]) or "(nothing)"))]
     if not correct:
         words.append(tag("div", tag("dt", "expected"), tag("dd", str(sample["expected"]))))
     return tag(
@@ -88,5 +88,8 @@ def _element(shown: Shown, kind: str) -> Html:
     if shown.kind == "image":
         return tag("img", src=source, alt=kind, loading="lazy", class_=pixels, **size)
     if shown.kind == "video":
-        return tag("video", src=source, controls=True, loop=True, preload="metadata", class_=pixels, **size)
+        poster = f"media/{shown.poster}"
+        return tag(
+            "video", src=source, poster=poster, controls=True, loop=True, preload="metadata", class_=pixels, **size
+        )
     return tag("audio", src=source, controls=True, preload="metadata", aria_label=kind)

@@ -18,11 +18,15 @@ BROWSER_AUDIO = {"aac", "mp3"}  # what an MP4 file may carry on unchanged
 
 @dataclass(frozen=True)
 class Shown:
-    """``kind`` image, audio or video; ``name`` of the file in the media folder; pixel size of images and videos."""
+    """``kind`` image, audio or video; ``name`` of the file in the media folder; pixel size of images and videos.
+
+    ``poster`` is the name of a picture of a video's first frame.
+    """
 
     kind: str
     name: str
     size: tuple[int, int] | None = None
+    poster: str | None = None
 
 
 def bring(kind: str, source: Path, folder: Path) -> Shown | None:
@@ -60,19 +64,21 @@ def _audio(source: Path, folder: Path, name: str) -> Shown:
 
 
 def _video(source: Path, folder: Path, name: str) -> Shown | None:
+    poster = folder / f"{name}-first.png"
     try:
         with av.open(str(source)) as container:
-            if not container.streams.video:
+            first = next(container.decode(video=0), None)
+            if first is None:
                 return None
-            stream = container.streams.video[0]
-            codec, size = stream.codec_context.name, (stream.codec_context.width, stream.codec_context.height)
+            codec, size = container.streams.video[0].codec_context.name, (first.width, first.height)
+            first.to_image().save(poster)
         if codec in BROWSER_VIDEO:
-            return Shown("video", _copy(source, folder / (name + source.suffix.lower())), size)
+            return Shown("video", _copy(source, folder / (name + source.suffix.lower())), size, poster.name)
         target = folder / f"{name}.mp4"
         if not target.exists():
             _to_h264(source, target)
-        return Shown("video", target.name, size)
-    except (av.FFmpegError, ValueError):
+        return Shown("video", target.name, size, poster.name)
+    except (av.FFmpegError, ValueError, IndexError):
         return None
 
 

@@ -186,13 +186,16 @@ def accuracy_bar(accuracy: float, majority: float, n: int) -> Html:
     )
 
 
-def heat_map(modality: str, layers: list[list[float]], experts: Sequence[str]) -> Html:
-    """Share of the routed slots per expert (columns) and MoE layer (rows), as a table with coloured cells."""
+def heat_map(modality: str, layers: list[list[float]], experts: Sequence[str], full: float) -> Html:
+    """Share of the routed slots per expert (columns) and MoE layer (rows), as a table with coloured cells.
+
+    A share of ``full`` has the full colour.
+    """
     columns = max(map(len, layers))
     names = [experts[e] if e < len(experts) else f"expert {e}" for e in range(columns)]
     head = tag("tr", tag("th", "layer", scope="col"), [tag("th", name, scope="col") for name in names])
     rows = [
-        tag("tr", tag("th", number, scope="row"), [_cell(share) for share in shares])
+        tag("tr", tag("th", number, scope="row"), [_cell(share, share / full) for share in shares])
         for number, shares in enumerate(layers, 1)
     ]
     caption = tag("figcaption", tag("span", class_="dot"), tag("strong", modality))
@@ -200,6 +203,6 @@ def heat_map(modality: str, layers: list[list[float]], experts: Sequence[str]) -
     return tag("figure", caption, table, class_=f"map {colour_of(modality)}")
 
 
-def _cell(share: float) -> Html:
-    strength = "strong" if share > 0.8 else "middling" if share > 0.65 else None
-    return tag("td", f"{100 * share:.0f}", style=f"--share:{100 * share:.1f}%", class_=strength)
+def _cell(share: float, depth: float) -> Html:
+    ink = "strong" if depth > 0.8 else "middling" if depth > 0.65 else None
+    return tag("td", f"{100 * share:.0f}", style=f"--depth:{100 * depth:.1f}%", class_=ink)

@@ -9,6 +9,8 @@ from unimoe_ray.report.plots import accuracy_bar, colour_of, heat_map, loss_char
 from unimoe_ray.report.read import Curve, RunData
 from unimoe_ray.report.words import count, date, duration, short
 
+_ORDER = ("text", "image", "video", "speech", "audio", "answer")
+
 
 def headline(data: RunData) -> list[Html | None]:
     """The numbers of the run in one glance, and what identifies it."""
@@ -29,8 +31,9 @@ def headline(data: RunData) -> list[Html | None]:
     facts: list[tuple[str, Child]] = []
     if times := [curve.times[-1] for curve in curves if curve.times[-1] > 0]:
         facts.append(("trained", date(max(times))))
-    if isinstance(evaluation.get("seconds"), int | float):
-        facts.append(("whole command", duration(evaluation["seconds"])))
+    if isinstance(seconds := evaluation.get("seconds"), int | float):
+        # An evaluation that was repeated on its own has its own time only.
+        facts.append(("whole run" if seconds >= _training_seconds(curves) else "evaluation", duration(seconds)))
     for key, value in (("seed", evaluation.get("seed", data.config.get("seed"))), ("suite", evaluation.get("suite"))):
         if value is not None:
             text = str(value)
@@ -139,13 +142,17 @@ def experts(data: RunData) -> Child:
     load = (data.routing or {}).get("load")
     if not load:
         return missing("No routing report: the model has no experts yet, or it has not been evaluated.")
-    experts = [str(name) for name in data.routing.get("experts") or []]
-    even = max(len(layer) for layers in load.values() for layer in layers)
+    names = [str(name) for name in data.routing.get("experts") or []]
+    layers = [layer for modality in load.values() for layer in modality]
+    even = 1 / max(map(len, layers), default=1)
     lead = (
         "Where tokens of each kind go: per cent of the routed slots of a layer. "
-        f"Rows add up to 100; an even router gives {100 / even:.0f}."
+        f"Rows add up to 100; an even router gives {100 * even:.0f}."
     )
-    maps = [heat_map(kind, layers, experts) for kind, layers in load.items() if layers]
+    # One scale for all maps; a router that is nearly even stays pale.
+    full = max([2 * even, *(share for layer in layers for share in layer)])
+    kinds = sorted(load, key=lambda kind: _ORDER.index(kind) if kind in _ORDER else len(_ORDER))
+    maps = [heat_map(kind, load[kind], names, min(full, 1.0)) for kind in kinds if load[kind]]
     return [tag("p", lead, class_="lead"), tag("div", maps, class_="maps")]
 
 
