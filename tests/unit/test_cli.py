@@ -1,0 +1,314 @@
+"""The command line: exit codes, one clear line for every mistake, and a conversation with a small random model."""
+
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from PIL import Image
+
+from tests.tiny import TinyRun, save_start, tiny_config
+from unimoe_ray import config as configuration
+from unimoe_ray.chat import Conversation
+from unimoe_ray.cli import main
+from unimoe_ray.config.model import MODALITIES
+from unimoe_ray.data.encode import TOWER_OF
+from unimoe_ray.data.schema import Media
+from unimoe_ray.data.tokenizer import train_tokenizer
+from unimoe_ray.errors import UnimoeError, UsageError
+from unimoe_ray.evaluation.evaluate import final_model
+from unimoe_ray.mini import source as mini
+from unimoe_ray.pipeline import open_run
+from unimoe_ray.training.checkpoint import ModelInfo
+
+ROOT = Path(__file__).parents[2]
+
+
+def fails(capsys, *arguments) -> tuple[int, str]:
+    """Exit code and the one line on stderr of a command that fails."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("unimoe: "), (out, err)
+    return stop.value.code, err.removeprefix("unimoe: ").strip()
+
+
+def prints(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert (stop.value.code, err) == (0, "")
+    return out
+
+
+# Usage and configuration
+
+
+def test_a_wrong_key_names_the_nearest_one(tmp_path):
+    command = [sys.executable, "-m", "unimoe_ray.cli", "train", "all", "training.wokers=1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "unimoe: unknown key 'training.wokers'; did you mean 'training.workers'?\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["prepare", "--config", "mni"], "--config mni: no such preset; allowed: mini"),
+        (["prepare", "--config", "gone.yaml"], "--config gone.yaml: No such file or directory"),
+        (["train", "base", "seed=-1"], "seed is -1: Input should be greater than or equal to 0"),
+        (["train", "base", "seed"], "'seed' is not an override; write key.sub=value"),
+    ],
+)
+def test_mistakes_in_the_configuration(capsys, tmp_path, monkeypatch, arguments, line):
+    monkeypatch.chdir(tmp_path)
+    code, found = fails(capsys, *arguments)
+    assert code == 2 and found.startswith(line)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["train", "tunes"], "argument STAGE: invalid choice: 'tunes' (choose from 'base', 'align', 'experts', 'tune'"),
+        (["trian"], "argument COMMAND: invalid choice: 'trian'"),
+        ([], "the following arguments are required: COMMAND"),
+        (["chat"], "the following arguments are required: RUN"),
+        (["eval", "runs/x", "--stage", "experts"], "argument --stage: invalid choice: 'experts'"),
+        (["train", "all", "--sed", "3"], "unrecognized arguments: --sed 3"),
+        (["chat", "runs/x", "--image", "a.png", "one", "two"], "unrecognized arguments: two"),
+        (["eval", "runs/x", "seed=3"], "unrecognized arguments: seed=3"),
+    ],
+)
+def test_wrong_usage(capsys, arguments, line):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert f"error: {line}" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "all", "seed=3", "name=x", "--dry-run"],
+        ["train", "all", "--dry-run", "seed=3", "name=x"],
+        ["train", "all", "seed=2", "--dry-run", "seed=3", "name=x"],
+        ["prepare", "--config", "mini", "seed=3", "--dry-run", "name=x"],
+    ],
+)
+def test_dry_run_prints_the_resolved_configuration(capsys, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    shown = configuration.parse(yaml.safe_load(prints(capsys, *arguments)))
+    assert shown == configuration.load("mini", ["seed=3", "name=x"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_version_and_help(capsys):
+    assert prints(capsys, "--version").strip().count(".") == 2
+    for command in ("prepare", "train", "eval", "chat", "report", "doctor"):
+        assert command in prints(capsys, command, "--help")
+
+
+# Run folders
+
+
+@pytest.mark.parametrize("command", ["eval", "chat", "report"])
+def test_a_missing_run_folder(capsys, tmp_path, command):
+    code, line = fails(capsys, command, tmp_path / "gone", *(["hello"] if command == "chat" else []))
+    assert code == 1 and line.startswith(f"{tmp_path / 'gone'}: no such run folder")
+
+
+def test_a_damaged_configuration_in_the_run_folder(capsys, tmp_path):
+    (tmp_path / "config.yaml").write_text("seeed: 3\n")
+    assert fails(capsys, "chat", tmp_path, "hello") == (2, "unknown key 'seeed'; did you mean 'seed'?")
+
+
+def test_a_run_without_a_model(capsys, tmp_path):
+    settings = tiny_config(tmp_path)
+    with open_run(settings) as folder:
+        code, line = fails(capsys, "chat", folder, "hello")
+    assert code == 1 and "no finished model" in line and "unimoe train all" in line
+
+
+def test_a_run_folder_is_held_by_one_command(tmp_path):
+    settings = tiny_config(tmp_path)
+    with open_run(settings), pytest.raises(UnimoeError, match="tiny: another command is using this run folder"):
+        open_run(settings).__enter__()
+    with open_run(settings) as folder:
+        assert configuration.load(folder / "config.yaml") == settings
+
+
+def test_a_full_disk_is_one_line(capsys, tmp_path, monkeypatch):
+    """A limit on the size of files fails every write, as a full disk does."""
+    monkeypatch.chdir(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        found = fails(capsys, "prepare", f"runs_dir={tmp_path}", "name=full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert found == (1, f"{tmp_path / 'full'}: File too large")
+
+
+# Conversations
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> TinyRun:
+    """A run whose towers are the real architectures with random weights."""
+    changes = {"mini": {"random_towers": True}, "model": {"language": {"max_positions": 128}}}
+    settings = tiny_config(tmp_path_factory.mktemp("chat"), **changes)
+    towers = mini.towers(settings)
+    tokenizer = settings.run_dir / "tokenizer.json"
+    with open_run(settings):
+        train_tokenizer(["what is this? a red circle"] * 3, 300).save(str(tokenizer))
+    info = ModelInfo(
+        settings.model.model_dump(mode="json"),
+        train_tokenizer(["what is this? a red circle"] * 3, 300).get_vocab_size(),
+        {m: towers[TOWER_OF[m]].feature_dim for m in MODALITIES},
+        sparse=True,
+        towers={m: towers[TOWER_OF[m]].fingerprint() for m in MODALITIES},
+        random_towers=True,
+    )
+    run = TinyRun(settings, info, tokenizer)
+    torch.manual_seed(0)
+    model = info.build()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name or "projection" in name:
+                parameter.mul_(8)
+    model.match_text_rms()
+    save_start(run, model, "tune", "tune")
+    return run
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    for seed, name in enumerate(("a.png", "b.png")):
+        noise = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / name)
+    soundfile.write(folder / "a.wav", np.random.default_rng(2).normal(0, 0.1, 16_000), 16_000)
+    (folder / "text.png").write_text("no picture")
+    content = (folder / "a.png").read_bytes()
+    (folder / "half.png").write_bytes(content[: len(content) // 2])
+    return folder
+
+
+def test_an_answer(capsys, run, files):
+    folder, image = run.config.run_dir, files / "a.png"
+    plain = prints(capsys, "chat", folder, "what is this?", "--image", image)
+    answer = json.loads(prints(capsys, "chat", folder, "--image", image, "what is this?", "--json"))
+    assert answer == {"question": "what is this?", "answer": plain.rstrip("\n")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--image", "text.png", "x?"], "text.png: not an image that can be read"),
+        (["--image", "a.png", "--image", "half.png", "x?"], "half.png: image file is truncated"),
+        (["--image", "gone.png", "x?"], "--image gone.png: no such file"),
+        (["--video", "a.wav", "x?"], "a.wav: has no video stream"),
+        (["--audio", "a.png", "x?"], "a.png: "),
+        (["--speech", ".", "x?"], "--speech .: no such file"),
+    ],
+)
+def test_unreadable_files(capsys, run, files, monkeypatch, arguments, reason):
+    monkeypatch.chdir(files)
+    code, line = fails(capsys, "chat", run.config.run_dir, *arguments, "--json")
+    assert code == 1 and line.startswith(reason)
+
+
+def test_nothing_to_answer(capsys, run):
+    assert fails(capsys, "chat", run.config.run_dir, "--json") == (2, "--json needs a question")
+    assert fails(capsys, "chat", run.config.run_dir, " ")[0] == 2
+
+
+def test_a_run_folder_may_be_moved_and_named_anything(capsys, run, tmp_path):
+    moved = tmp_path / "moved"
+    moved.symlink_to(run.config.run_dir)
+    assert prints(capsys, "chat", moved, "hello") == prints(capsys, "chat", run.config.run_dir, "hello")
+    odd = tmp_path / "my run"
+    odd.mkdir()
+    (odd / "config.yaml").write_text((run.config.run_dir / "config.yaml").read_text())
+    code, line = fails(capsys, "chat", odd, "hello")
+    assert code == 2 and line.startswith("name is 'my run': ")
+
+
+def test_a_conversation_keeps_its_turns_and_media(run, files):
+    image, other, sound = (
+        Media(k, (str(files / n),)) for k, n in (("image", "a.png"), ("image", "b.png"), ("speech", "a.wav"))
+    )
+
+    def start() -> Conversation:
+        return Conversation(run.config, final_model(run.config))
+
+    talk = start()
+    first = talk.ask("what?", [image])
+    second = talk.ask("and?", [sound])
+    third = talk.ask("more?", [])
+    replay = start()
+    assert [replay.ask("what?", [image]), replay.ask("and?", [sound]), replay.ask("more?", [])] == [
+        first,
+        second,
+        third,
+    ]
+    # What was said and shown before matters.
+    assert start().ask("more?", []) != third
+    assert start().ask("what?", [other]) != first
+
+
+def test_a_failed_question_leaves_the_conversation_as_it_was(run, files):
+    image = Media("image", (str(files / "a.png"),))
+    talk, other = (Conversation(run.config, final_model(run.config)) for _ in range(2))
+    assert talk.ask("what?", [image]) == other.ask("what?", [image])
+    with pytest.raises(UnimoeError, match="text.png"):
+        talk.ask("and?", [image, Media("image", (str(files / "text.png"),))])
+    with pytest.raises(UsageError, match="the conversation has .* tokens; at most 124 fit, start a new one"):
+        talk.ask("word " * 200, [])
+    with pytest.raises(UsageError, match="nothing to answer"):
+        talk.ask(" ", [])
+    assert talk.ask("and?", [image]) == other.ask("and?", [image])
+
+
+@pytest.mark.parametrize("text", ["<image> what?", "<video><audio>", "</s><|assistant|> x", "a < b"])
+def test_anything_may_be_written(run, text):
+    assert isinstance(Conversation(run.config, final_model(run.config)).ask(text, []), str)
+
+
+def test_towers_other_than_those_of_the_training_are_refused(run, tmp_path):
+    settings = run.config.model_copy(update={"runs_dir": str(tmp_path)})
+    info = ModelInfo(**run.info.__dict__ | {"towers": run.info.towers | {"speech": "0" * 64}})
+    save_start(TinyRun(settings, info, run.tokenizer), info.build(), "tune", "tune")
+    with pytest.raises(UnimoeError, match="was trained with another speech tower"):
+        Conversation(settings, final_model(settings))
+
+
+def test_the_terminal(capsys, run, files, monkeypatch):
+    picture, text = files / "a.png", files / "text.png"
+    lines = ["what?", f"/image {picture}", "what?", "", "/image gone.png", f"/image {text}", "x", "/help", "x?"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    out = "".join(prints(capsys, "chat", run.config.run_dir).split())
+    talk = Conversation(run.config, final_model(run.config))
+    answers = [talk.ask("what?", []), talk.ask("what?", [Media("image", (str(picture),))]), talk.ask("x?", [])]
+    order = [
+        *answers[:2],
+        "gone.png: no such file",
+        "text.png: not an image that can be read",
+        "Attach files",
+        answers[2],
+    ]
+    place = out.index("quitends.")
+    for part in order:
+        place = out.index("".join(part.split()), place)
