@@ -78,7 +78,6 @@ def prepare(
     quarantine: list[dict[str, Any]] = []
     samples: dict[str, list[Sample]] = {}
     for split in SPLITS:
-        on_progress(f"reading {split}.json", 0, 1)
         samples[split] = _read_split(root / f"{split}.json", split, config, quarantine)
     records = sum(map(len, samples.values())) + len(quarantine)
     media: dict[str, Media] = {}
