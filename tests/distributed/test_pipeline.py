@@ -19,9 +19,8 @@ from unimoe_ray.errors import UnimoeError
 from unimoe_ray.mini.assets import fetch
 
 ROOT = Path(__file__).parents[2]
-TASKS = {
-    "image_vqa", "sound_event", "spoken_word", "spoken_question", "video_direction", "video_object", "video_sound", "text",
-}  # fmt: skip
+TASKS = {"image_vqa", "sound_event", "spoken_word", "spoken_question", "text"}
+TASKS |= {"video_direction", "video_object", "video_sound"}
 
 
 def _free_port() -> int:
