@@ -71,8 +71,12 @@ def run_stage(
     metrics = config.run_dir / "metrics.jsonl"
     _forget(metrics, {job.label for job in jobs})
     each = max(1, workers // len(jobs))
+    # Cores are shared by the operating system; a GPU belongs to one run at a time.
+    turns = threading.Semaphore(max(1, workers // each) if use_gpu else len(jobs))
     errors: dict[str, BaseException] = {}
-    threads = [threading.Thread(target=_fit, args=(job, config, each, use_gpu, errors), daemon=True) for job in jobs]
+    threads = [
+        threading.Thread(target=_fit, args=(job, config, each, use_gpu, turns, errors), daemon=True) for job in jobs
+    ]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
@@ -85,7 +89,14 @@ def run_stage(
     return [job.label for job in jobs]
 
 
-def _fit(job: Job, config: Config, workers: int, use_gpu: bool, errors: dict[str, BaseException]) -> None:
+def _fit(
+    job: Job,
+    config: Config,
+    workers: int,
+    use_gpu: bool,
+    turns: threading.Semaphore,
+    errors: dict[str, BaseException],
+) -> None:
     resources = {"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1}
     trainer = TorchTrainer(
         train_worker,
@@ -98,7 +109,8 @@ def _fit(job: Job, config: Config, workers: int, use_gpu: bool, errors: dict[str
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
     )
     try:
-        trainer.fit()
+        with turns:
+            trainer.fit()
     except (ray.exceptions.RayError, ray.train.TrainingFailedError, RuntimeError, ValueError, OSError) as error:
         errors[job.label] = error
 
