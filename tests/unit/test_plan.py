@@ -3,6 +3,7 @@
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,3 +107,13 @@ def test_more_ranks_than_samples():
     ranks = split_step(np.array([4]), np.array([10]), np.array([0]), 3, 100)
     assert sorted([micro.tolist() for micro in rank] for rank in ranks) == [[[]], [[]], [[4]]]
     assert {micro.dtype for rank in ranks for micro in rank} == {np.dtype(np.int64)}
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_ranks_share_tokens_not_samples(world):
+    lengths = np.repeat([2, 100], [60, 20])
+    rows = np.arange(len(lengths))
+    ranks = split_step(rows, lengths, np.zeros_like(rows), world, 400)
+    tokens = [sum(int(lengths[micro].sum()) for micro in rank) for rank in ranks]
+    assert max(tokens) - min(tokens) <= 200
+    assert len({sum(map(len, rank)) for rank in ranks}) > 1
