@@ -108,7 +108,7 @@ def test_sound_limits(tmp_path):
         load_audio(tmp_path / "nan.wav")
 
 
-@pytest.mark.parametrize(("there", "wanted"), [(8, 4), (3, 4), (1, 2), (70, 2)])
+@pytest.mark.parametrize(("there", "wanted"), [(8, 4), (3, 4), (1, 2), (70, 2), (300, 4)])
 def test_frames_are_spread_from_first_to_last(tmp_path, there, wanted):
     write_video(tmp_path / "a.mp4", there)
     frames = load_video(tmp_path / "a.mp4", wanted)
