@@ -1,9 +1,7 @@
-"""What is asked: easy-VQA's questions and what they tell about a picture, and the text-only task."""
+"""What is asked about pictures: easy-VQA's questions, what they tell, and conversations made of them."""
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import random
 from collections.abc import Iterable
@@ -12,12 +10,9 @@ from functools import cached_property
 from pathlib import Path
 
 from unimoe_ray.errors import UnimoeError
-from unimoe_ray.mini.example import Example, draw, stream
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-ANIMALS = ("cat", "cow", "dog", "horse", "sheep")
 
 
 @dataclass(frozen=True)
@@ -76,52 +71,3 @@ def conversations(picture: Picture, rounds: int, rng: random.Random) -> list[tup
         result.append(tuple(questions[:length]))
         questions = questions[length:]
     return result
-
-
-_WORDS = {"a color": COLOURS, "a shape": (*SHAPES, "square"), "a number": NUMBERS, "an animal": ANIMALS}
-_ALL_WORDS = tuple(word for words in _WORDS.values() for word in words)
-
-
-def text_examples(seed: int, split: str, count: int) -> list[Example]:
-    """Comparisons, choices and positions. Which question belongs to which split follows from its text alone."""
-    rng = stream(seed, split, "text")
-    compare, choose = count * 36 // 100, count * 32 // 100
-    # There are far more lists of words than needed: draw some.
-    lists = (tuple(rng.sample(_ALL_WORDS, 3)) for _ in range(20 * count))
-    pools = {
-        "compare": (compare, _comparisons()),
-        "choose": (choose, _choices()),
-        "position": (count - compare - choose, _positions(lists)),
-    }
-    examples = []
-    for wanted, pool in pools.values():
-        own = [turn for turn in dict.fromkeys(pool) if _split_of(turn[0]) == split]
-        examples += [Example("text", (turn,)) for turn in draw(own, wanted, rng)]
-    rng.shuffle(examples)
-    return examples
-
-
-def _comparisons() -> Iterable[tuple[str, str]]:
-    for a, b in itertools.permutations(range(20), 2):
-        yield f"which is larger {a} or {b}", str(max(a, b))
-        yield f"which is smaller {a} or {b}", str(min(a, b))
-
-
-def _choices() -> Iterable[tuple[str, str]]:
-    for kind, words in _WORDS.items():
-        for right, wrong in itertools.product(words, _ALL_WORDS):
-            if wrong not in words:
-                yield f"which word is {kind} {right} or {wrong}", right
-                yield f"which word is {kind} {wrong} or {right}", right
-
-
-def _positions(lists: Iterable[tuple[str, ...]]) -> Iterable[tuple[str, str]]:
-    for words in lists:
-        yield f"what is the first word of {' '.join(words)}", words[0]
-        yield f"what is the last word of {' '.join(words)}", words[-1]
-
-
-def _split_of(question: str) -> str:
-    """test for 2 of 10 questions, dev for 1, train for 7."""
-    bucket = hashlib.sha256(question.encode()).digest()[0] % 10
-    return "test" if bucket < 2 else "dev" if bucket == 2 else "train"

@@ -10,10 +10,11 @@ from unimoe_ray.errors import UnimoeError
 from unimoe_ray.mini.espeak import ACCENTS, VARIANTS, Utterance
 from unimoe_ray.mini.example import SPLITS, Count, Example, Split, draw, stream
 from unimoe_ray.mini.image_tasks import media_path
-from unimoe_ray.mini.questions import NUMBERS, Picture
+from unimoe_ray.mini.questions import Picture
 from unimoe_ray.mini.waveform import SAMPLE_RATE, read_mono, scale_peak, trim, write_wav
 
 MAX_SECONDS = 1.92
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDS = (*NUMBERS, "red", "green", "blue", "yellow", "circle", "square", "cat", "dog", "house", "water")
 COMMANDS = (
     "stop",

@@ -16,13 +16,14 @@ from typing import Protocol
 
 from unimoe_ray.errors import UnimoeError, UsageError
 from unimoe_ray.mini.espeak import speaking
-from unimoe_ray.mini.example import SPLITS, Count, Split
+from unimoe_ray.mini.example import SPLITS, Count, Split, stream
 from unimoe_ray.mini.image_tasks import fashion_examples, image_examples, split_pictures
-from unimoe_ray.mini.questions import text_examples
 from unimoe_ray.mini.sound_tasks import sound_examples, video_examples, video_sound_examples
 from unimoe_ray.mini.soundfont import SoundFont
 from unimoe_ray.mini.speech_tasks import MAX_SECONDS, digit_examples, speech_examples
+from unimoe_ray.mini.text_task import text_examples
 from unimoe_ray.mini.verbalise import words_examples
+from unimoe_ray.mini.wording import reword
 
 SUITE_FILE = "suite.json"
 Progress = Callable[[str], None]
@@ -156,6 +157,8 @@ def _examples(out: Path, assets: Assets, seed: int, scale: SuiteScale, say: Prog
         say("suite: conversations in words")
         for split in ("train", "dev"):
             examples[split] += words_examples(seed, split, examples[split], scale.words, scale.words_dev)
+        rng = stream(seed, "train", "wording")
+        examples["train"] = [reword(example, rng) for example in examples["train"]]
         say("suite: waiting for speech")
     return examples
 
