@@ -6,9 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from rich.console import Console
-
-from unimoe_ray import cluster, config, pipeline
+from unimoe_ray import config, pipeline
 from unimoe_ray.config import Config
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.progress import TrainProgress
@@ -26,8 +24,7 @@ def run_job(description: str, work: Callable[[Config, TrainProgress], None]) -> 
         if arguments.dry_run:
             print(config.dump(settings), end="")
             return
-        console = Console(stderr=False)
-        with pipeline.open_run(settings), cluster.connect(settings), TrainProgress(console) as progress:
+        with pipeline.session(settings) as progress:
             work(settings, progress)
     except UnimoeError as error:
         print(f"unimoe: {error}", file=sys.stderr)

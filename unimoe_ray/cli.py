@@ -115,12 +115,9 @@ def _job(arguments: argparse.Namespace, work: Callable) -> int:
     if arguments.dry_run:
         print(config.dump(settings), end="")
         return 0
-    from rich.console import Console
+    from unimoe_ray import pipeline
 
-    from unimoe_ray import cluster, pipeline
-    from unimoe_ray.progress import TrainProgress
-
-    with pipeline.open_run(settings), cluster.connect(settings), TrainProgress(Console()) as progress:
+    with pipeline.session(settings) as progress:
         work(settings, progress)
     return 0
 

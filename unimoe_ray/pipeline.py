@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from unimoe_ray import cluster
 from unimoe_ray.config import Config, dump
 from unimoe_ray.config.model import MODALITIES
@@ -44,6 +46,13 @@ def open_run(config: Config) -> Iterator[Path]:
             yield folder
     except OSError as error:
         raise UnimoeError(f"{error.filename or folder}: {error.strerror or error}") from error
+
+
+@contextmanager
+def session(config: Config) -> Iterator[TrainProgress]:
+    """The run folder held, Ray joined or started, progress on the terminal."""
+    with open_run(config), cluster.connect(config), TrainProgress(Console()) as progress:
+        yield progress
 
 
 def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
