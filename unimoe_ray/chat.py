@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from unimoe_ray.config import Config
 from unimoe_ray.data.encode import TOWER_OF, decode_media, encode_files
 from unimoe_ray.data.media import BadMedia
 from unimoe_ray.data.prompt import encode_prompt
 from unimoe_ray.data.samples import PreparedSample
-from unimoe_ray.data.schema import Media, Sample
+from unimoe_ray.data.schema import PLACEHOLDER, Media, Sample
 from unimoe_ray.data.store import StoredFeatures
 from unimoe_ray.errors import UnimoeError, UsageError
 from unimoe_ray.evaluation.answer import answer
@@ -23,7 +21,6 @@ class Conversation:
     """Keeps the turns and the features of all media so far; every file is encoded once."""
 
     def __init__(self, config: Config, model_dir: Path):
-        torch.set_num_threads(max(1, torch.get_num_threads()))
         self._config = config
         self._model, info, self._tokenizer = load_model(model_dir)
         self._towers = mini.towers(config)
@@ -71,4 +68,4 @@ class Conversation:
 
 def _plain(text: str) -> str:
     """Placeholders belong to files; written by a user they are text."""
-    return text.replace("<", "< ")
+    return PLACEHOLDER.sub(r"< \1>", text)
