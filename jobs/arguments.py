@@ -18,7 +18,7 @@ def run_job(description: str, work: Callable[[Config, TrainProgress], None]) -> 
     parser.add_argument("--config", default="mini", help="preset name or YAML file (default: mini)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="configuration overrides")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
         settings = config.load(arguments.config, arguments.overrides)
         if arguments.dry_run:

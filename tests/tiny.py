@@ -17,6 +17,7 @@ from unimoe_ray.data.store import StoredFeatures, partition_dir, write_block
 from unimoe_ray.data.tokenizer import train_tokenizer
 from unimoe_ray.model.unimoe import UniMoE
 from unimoe_ray.training.checkpoint import ModelInfo, checkpoint_dir, save_model
+from unimoe_ray.training.trainer import recipe
 
 DIMS = {"image": 6, "video": 6, "audio": 10, "speech": 8}
 TASKS = {
@@ -118,7 +119,11 @@ def make_tiny_run(root: Path, **changes) -> TinyRun:
 
 
 def save_start(run: TinyRun, model: UniMoE, stage: str, name: str) -> None:
-    save_model(checkpoint_dir(run.config.run_dir, stage, name), model, run.info, run.tokenizer, made_by="start")
+    """A checkpoint as training would have left it; experts and what follows fit no recipe, for tests to train."""
+    made_by = "start"
+    if stage in ("base", "align"):
+        made_by = recipe(run.config, stage, name, run.info, prepare.source(run.config, "train"))
+    save_model(checkpoint_dir(run.config.run_dir, stage, name), model, run.info, run.tokenizer, made_by)
 
 
 def _random_features(kind: str, dim: int, rng: np.random.Generator) -> StoredFeatures:

@@ -42,7 +42,9 @@ def open_run(config: Config) -> Iterator[Path]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UnimoeError(f"{folder}: another command is using this run folder") from None
-            (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
+            # The data folder is found again from wherever the run is used.
+            data = config.data.model_copy(update={"dir": str(Path(config.data.dir).resolve())})
+            (folder / "config.yaml").write_text(dump(config.model_copy(update={"data": data})), encoding="utf-8")
             yield folder
     except OSError as error:
         raise UnimoeError(f"{error.filename or folder}: {error.strerror or error}") from error

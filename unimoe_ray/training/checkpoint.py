@@ -66,7 +66,7 @@ def is_complete(folder: Path, made_by: str | None = None) -> bool:
         if made_by is not None and manifest["recipe"] != made_by:
             return False
         return all(_sha256(folder / name) == digest for name, digest in manifest["files"].items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -83,7 +83,10 @@ def load_info(folder: Path) -> ModelInfo:
         raise UnimoeError(
             f"{folder}: not a complete model folder (manifest.json is missing or does not match the files)"
         )
-    return ModelInfo(**json.loads((folder / "config.json").read_text()))
+    try:
+        return ModelInfo(**json.loads((folder / "config.json").read_text()))
+    except TypeError as error:
+        raise UnimoeError(f"{folder / 'config.json'}: of another version ({error})") from None
 
 
 def load_model(folder: Path) -> tuple[UniMoE, ModelInfo, Tokenizer]:
@@ -103,7 +106,12 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def load_weights(model: UniMoE, folder: Path) -> None:
     """Strict but for weights that are tied to another."""
-    missing, unexpected = model.load_state_dict(read_weights(folder), strict=False)
+    weights, own = read_weights(folder), model.state_dict()
+    for name in sorted(weights.keys() & own.keys()):
+        if weights[name].shape != own[name].shape:
+            found, wanted = tuple(weights[name].shape), tuple(own[name].shape)
+            raise UnimoeError(f"{folder}: the weights do not fit the configuration ({name}: {found}, wanted {wanted})")
+    missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = set(model.state_dict()) - set(_unique_tensors(model))
     if unexpected or set(missing) - tied:
         first = sorted([*unexpected, *set(missing) - tied])[0]

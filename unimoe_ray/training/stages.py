@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from pathlib import Path
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -32,22 +31,26 @@ _TARGETS = {
 }
 
 
-def parents(config: Config, stage: str) -> list[Path]:
-    """Checkpoints that must exist before a stage can start."""
+def parents(config: Config, stage: str) -> list[tuple[str, str]]:
+    """(stage, run) of the checkpoints that a stage starts from."""
     before = STAGES[: STAGES.index(stage)]
     if stage == "tune" and config.model.moe.init == "copies":
         before = [s for s in before if s != "experts"]
     trained = [s for s in before if getattr(config.stages, s)]
     wanted = trained[-2:] if stage == "tune" and "experts" in trained else trained[-1:]
-    return [checkpoint_dir(config.run_dir, s, run) for s in wanted for run in getattr(config.stages, s)]
+    return [(s, run) for s in wanted for run in getattr(config.stages, s)]
 
 
 def start_model(config: Config, info: ModelInfo, stage: str) -> UniMoE:
     """The model at the start of a stage, from the checkpoints of those before. ``info`` describes a dense model."""
     model = info.build()
-    for folder in parents(config, stage):
-        if not folder.name.startswith("experts"):
+    before = [(s, run) for s, run in parents(config, stage) if s != "experts"]
+    for number, (s, run) in enumerate(before):
+        folder = checkpoint_dir(config.run_dir, s, run)
+        if number == 0:
             load_weights(model, folder)
+        else:
+            _load_connectors(model, getattr(config.stages, s)[run], read_weights(folder))
     if stage == "align":
         model.match_text_rms()
     if stage == "tune":
@@ -72,10 +75,15 @@ def _place_experts(config: Config, model: UniMoE) -> None:
         for slot, wanted in enumerate(config.model.moe.slots):
             if wanted == name:
                 place_expert(model.language, slot, language)
-        for modality in run.connectors():
-            prefix = f"connectors.{modality}."
-            state = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-            model.connectors[modality].load_state_dict(state)
+        _load_connectors(model, run, weights)
+
+
+def _load_connectors(model: UniMoE, run: TrainRun, weights: dict[str, torch.Tensor]) -> None:
+    """The connectors that a run trained, out of its checkpoint: independent runs each own theirs."""
+    for modality in run.connectors():
+        prefix = f"connectors.{modality}."
+        state = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        model.connectors[modality].load_state_dict(state)
 
 
 def make_trainable(model: UniMoE, run: TrainRun) -> list[Group]:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from unimoe_ray.data.loader import Source
 from unimoe_ray.data.samples import SampleTable
 from unimoe_ray.errors import UnimoeError, UsageError, root_cause
 from unimoe_ray.training.checkpoint import ModelInfo, checkpoint_dir, is_complete
-from unimoe_ray.training.checkpoint import recipe as recipe_of
 from unimoe_ray.training.loop import Job, train_worker
 from unimoe_ray.training.stages import parents
 
@@ -49,22 +49,23 @@ def run_stage(
     if stage not in STAGES:
         raise UsageError(f"stage '{stage}' does not exist; allowed: {', '.join(STAGES)}, all")
     runs = getattr(config.stages, stage)
-    for folder in parents(config, stage):
-        if not is_complete(folder):
-            before = folder.name.split("-")[0]
+    for before, run in parents(config, stage):
+        folder = checkpoint_dir(config.run_dir, before, run)
+        if not is_complete(folder, recipe(config, before, run, info, source)):
             raise UnimoeError(
-                f"stage {stage} starts from {folder}, which is missing; run 'unimoe train {before}' first"
+                f"stage {stage} starts from {folder}, which is missing or was made with other settings; "
+                f"run 'unimoe train {before}' first"
             )
     # Workers run in folders of their own.
     tree = config.model_dump(mode="json") | {"runs_dir": str(Path(config.runs_dir).resolve())}
     jobs = []
     for name in runs:
         folder = checkpoint_dir(config.run_dir, stage, name)
-        recipe = _recipe(config, stage, name, info, source)
-        if not is_complete(folder, recipe):
+        made_by = recipe(config, stage, name, info, source)
+        if not is_complete(folder, made_by):
             tasks = _available(source, runs[name].tasks, f"stages.{stage}.{name}.tasks")
             jobs.append(
-                Job(tree, info, stage, name, source, tasks, str(tokenizer.resolve()), str(folder.resolve()), recipe)
+                Job(tree, info, stage, name, source, tasks, str(tokenizer.resolve()), str(folder.resolve()), made_by)
             )
     if not jobs:
         return []
@@ -123,16 +124,23 @@ def _available(source: Source, tasks: dict[str, float], key: str) -> dict[str, f
     return {task: weight for task, weight in tasks.items() if task not in missing}
 
 
-def _recipe(config: Config, stage: str, run: str, info: ModelInfo, source: Source) -> str:
-    """A hash of all that decides what a run learns; a checkpoint with another one is trained again."""
-    samples = hashlib.sha256(Path(source.samples).read_bytes()).hexdigest()
-    earlier = [recipe_of(folder) for folder in parents(config, stage)]
+def recipe(config: Config, stage: str, run: str, info: ModelInfo, source: Source) -> str:
+    """A hash of all that decides what a run learns, earlier stages included; a checkpoint with another one is trained
+    again."""
+    samples = _file_hash(source.samples, Path(source.samples).stat().st_mtime_ns)
+    earlier = [recipe(config, before, name, info, source) for before, name in parents(config, stage)]
     optimizer = config.training.optimizer.model_dump(mode="json")
     settings = getattr(config.stages, stage)[run].model_dump(mode="json")
     moe = config.model.moe.model_dump(mode="json") if stage == "tune" else None
     dense = replace(info, model={k: v for k, v in info.model.items() if k != "moe"})
     parts = [stage, run, config.seed, settings, optimizer, moe, asdict(dense), samples, earlier]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@lru_cache(maxsize=4)
+def _file_hash(path: str, changed_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _forget(metrics: Path, labels: set[str]) -> None:
