@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,6 @@ from unimoe_ray.model.connectors import build_connector
 from unimoe_ray.progress import TrainProgress, follow_metrics
 from unimoe_ray.training import checkpoint
 from unimoe_ray.training.checkpoint import ModelInfo
-
-Say = Callable[[str], None]
 
 
 @contextmanager

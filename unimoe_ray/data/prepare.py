@@ -214,12 +214,20 @@ def _quarantine(config: Config, entries: list[dict[str, Any]], total: int) -> No
 
 
 def _stamp(config: Config, root: Path, settings: EncodeSettings) -> str:
+    """A hash of all that decides what is prepared."""
     digest = hashlib.sha256()
     for split in SPLITS:
         path = root / f"{split}.json"
         if not path.is_file():
             raise UnimoeError(f"{path}: no such file; a data folder holds train.json, dev.json and test.json")
         digest.update(path.read_bytes())
-    parts = [config.data.model_dump(mode="json"), config.model.model_dump(mode="json"), settings.fingerprints]
-    digest.update(json.dumps([*parts, config.evaluation.max_new_tokens, str(root)], sort_keys=True).encode())
+    data, language = config.data, config.model.language
+    parts = [
+        *(data.voice_as, data.max_bad_fraction, data.max_pixels, data.max_seconds),
+        *(language.vocab_size, language.max_positions, config.evaluation.max_new_tokens),
+        config.model.video.model_dump(),
+        settings.fingerprints,
+        str(root),
+    ]
+    digest.update(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()
