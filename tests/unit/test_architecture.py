@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -189,3 +191,10 @@ def test_no_file_reads_pickles() -> None:
             if given.get("allow_pickle", "False") != "False":
                 wrong.append(f"{path}:{node.lineno}: {name} with pickles")
     assert not wrong, "\n".join(wrong)
+
+
+def test_what_rays_own_actors_import_is_light():
+    """Each training run has several actors of Ray that unpickle the job; torch and transformers would cost seconds."""
+    code = "import sys, unimoe_ray.training.job, unimoe_ray.data.loader; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert not {"torch", "transformers", "peft", "deepspeed"} & set(modules.split())

@@ -14,16 +14,8 @@ from ray.data import Dataset
 
 from unimoe_ray.data.batch import Arrays, collate, from_bytes, to_bytes
 from unimoe_ray.data.plan import Mixture, split_step, step_samples
-from unimoe_ray.data.samples import SampleTable
+from unimoe_ray.data.samples import SampleTable, Source
 from unimoe_ray.data.store import FeatureStore, StoredFeatures
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where prepared samples and features lie. ``partitions`` maps a modality to its folder in the store."""
-
-    samples: str
-    partitions: dict[str, str]
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ from tokenizers import Tokenizer
 
 from unimoe_ray.config import Config
 from unimoe_ray.data.encode import EncodeSettings, encode_missing
-from unimoe_ray.data.loader import Source
 from unimoe_ray.data.prompt import encode_prompt, encode_sample
-from unimoe_ray.data.samples import PreparedSample, write_samples
+from unimoe_ray.data.samples import PreparedSample, Source, write_samples
 from unimoe_ray.data.schema import BadSample, Media, Sample, parse_record
 from unimoe_ray.data.store import FeatureStore, content_key, partition_dir
 from unimoe_ray.data.tokenizer import load_tokenizer, train_tokenizer

@@ -41,6 +41,14 @@ class PreparedSample:
         return len(self.ids) + sum(self.soft_tokens) - len(self.media)
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where prepared samples and features lie. ``partitions`` maps a modality to its folder in the store."""
+
+    samples: str
+    partitions: dict[str, str]
+
+
 def write_samples(path: Path, samples: list[PreparedSample]) -> None:
     columns = {name: [getattr(s, name) for s in samples] for name in SCHEMA.names}
     arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]

@@ -15,8 +15,8 @@ import torch
 from unimoe_ray.config import Config
 from unimoe_ray.config.training import STAGES
 from unimoe_ray.data import prepare
-from unimoe_ray.data.loader import Source, read_features
-from unimoe_ray.data.samples import SampleTable
+from unimoe_ray.data.loader import read_features
+from unimoe_ray.data.samples import SampleTable, Source
 from unimoe_ray.data.schema import PLACEHOLDER, BadSample, Sample, parse_record
 from unimoe_ray.errors import UnimoeError, UsageError
 from unimoe_ray.evaluation.answer import answer, expert_load

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,38 +19,20 @@ from unimoe_ray.config import Config, parse
 from unimoe_ray.config.model import PLACEHOLDER_IDS
 from unimoe_ray.config.training import TrainRun
 from unimoe_ray.data.batch import Arrays
-from unimoe_ray.data.loader import Source, Step, iterate_steps, planned_micro_batches, rank_dataset
+from unimoe_ray.data.loader import Step, iterate_steps, planned_micro_batches, rank_dataset
 from unimoe_ray.data.plan import Mixture
 from unimoe_ray.data.samples import SampleTable
 from unimoe_ray.model.language import mixtures
 from unimoe_ray.model.unimoe import to_batch
 from unimoe_ray.training.checkpoint import ModelInfo, save_model
 from unimoe_ray.training.engine import backward_step, initialize, learning_rate_factor, pick_device
+from unimoe_ray.training.job import Job
 from unimoe_ray.training.stages import make_trainable, merge_lora, start_model
 
 
-@dataclass(frozen=True)
-class Job:
-    """Everything a worker needs to know, picklable."""
-
-    config: dict[str, Any]
-    info: ModelInfo
-    stage: str
-    run: str
-    source: Source
-    tasks: dict[str, float]
-    tokenizer: str
-    folder: str
-    recipe: str
-
-    @property
-    def label(self) -> str:
-        return self.stage if self.stage == self.run else f"{self.stage}/{self.run}"
-
-
-def train_worker(job: Job) -> None:
-    """The Ray Train worker function."""
-    config = parse(job.config)
+def train(job: Job) -> None:
+    """One worker's part of a training run."""
+    config, info = parse(job.config), ModelInfo(**job.info)
     run: TrainRun = getattr(config.stages, job.stage)[job.run]
     rank, world = dist.get_rank(), dist.get_world_size()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -58,7 +40,7 @@ def train_worker(job: Job) -> None:
     torch.manual_seed(_seed(config, job))
     device = pick_device(config.training)
 
-    model = start_model(config, job.info, job.stage).to(device)
+    model = start_model(config, info, job.stage).to(device)
     model.train()
     groups = make_trainable(model, run)
     engine = initialize(model, groups, config.training, run.weight_decay, device)
@@ -95,8 +77,8 @@ def train_worker(job: Job) -> None:
         stats.write_text(dataset.stats())
         if run.lora is not None:
             merge_lora(model)
-        info = ModelInfo(**job.info.__dict__ | {"sparse": bool(mixtures(model))})
-        save_model(Path(job.folder), model, info, Path(job.tokenizer), job.recipe)
+        final = replace(info, sparse=bool(mixtures(model)))
+        save_model(Path(job.folder), model, final, Path(job.tokenizer), job.recipe)
     dist.barrier()
     ray.train.report(metrics)
 

@@ -18,11 +18,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from unimoe_ray.config import Config
 from unimoe_ray.config.training import STAGES
-from unimoe_ray.data.loader import Source
-from unimoe_ray.data.samples import SampleTable
+from unimoe_ray.data.samples import SampleTable, Source
 from unimoe_ray.errors import UnimoeError, UsageError, root_cause
 from unimoe_ray.training.checkpoint import ModelInfo, checkpoint_dir, is_complete
-from unimoe_ray.training.loop import Job, train_worker
+from unimoe_ray.training.job import Job, train_worker
 from unimoe_ray.training.stages import parents
 
 # Tasks that a machine may lack the packages for; a mixture goes on without them.
@@ -64,9 +63,8 @@ def run_stage(
         made_by = recipe(config, stage, name, info, source)
         if not is_complete(folder, made_by):
             tasks = _available(source, runs[name].tasks, f"stages.{stage}.{name}.tasks")
-            jobs.append(
-                Job(tree, info, stage, name, source, tasks, str(tokenizer.resolve()), str(folder.resolve()), made_by)
-            )
+            files = str(tokenizer.resolve()), str(folder.resolve())
+            jobs.append(Job(tree, asdict(info), stage, name, source, tasks, *files, made_by))
     if not jobs:
         return []
     metrics = config.run_dir / "metrics.jsonl"

@@ -1,0 +1,34 @@
+"""What the driver hands to Ray Train. Ray's own actors import this module: it must stay light."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from unimoe_ray.data.samples import Source
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a worker needs to know, picklable."""
+
+    config: dict[str, Any]
+    info: dict[str, Any]
+    stage: str
+    run: str
+    source: Source
+    tasks: dict[str, float]
+    tokenizer: str
+    folder: str
+    recipe: str
+
+    @property
+    def label(self) -> str:
+        return self.stage if self.stage == self.run else f"{self.stage}/{self.run}"
+
+
+def train_worker(job: Job) -> None:
+    """The Ray Train worker function."""
+    from unimoe_ray.training.loop import train
+
+    train(job)
