@@ -118,6 +118,7 @@ def _train(rank: int, world: int, run: TinyRun, stage: str, name: str) -> dict:
     return {"grads": grads, "after": after, "modalities": modalities}
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("zero_stage", [1, 2])
 def test_two_workers_equal_one_process(tiny_run, tmp_path, zero_stage):
     tiny_run.config.training.zero_stage = zero_stage

@@ -28,6 +28,7 @@ def _metrics(run: TinyRun) -> list[dict]:
     return [json.loads(line) for line in (run.config.run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.timeout(600)
 def test_stages_on_a_real_cluster(tiny_run):
     with cluster.connect(tiny_run.config):
         # Stage 2: three runs side by side, one worker each.
