@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,15 +125,13 @@ def speaking(folder: Path, utterances: Sequence[Utterance], seconds: float) -> I
         text=True,
         env={**os.environ, "PYTHONPATH": search_path},
     )
-    with process:
-        try:
-            # A process that ended at once has its reason on stderr.
-            with suppress(BrokenPipeError), process.stdin:
-                json.dump([str(libraries[0]), str(folder), seconds, utterances], process.stdin)
-            yield
-        except BaseException:
-            process.kill()
-            raise
+    with process, ExitStack() as unfinished:
+        unfinished.callback(process.kill)
+        # A process that ended at once has its reason on stderr.
+        with suppress(BrokenPipeError), process.stdin:
+            json.dump([str(libraries[0]), str(folder), seconds, utterances], process.stdin)
+        yield
+        unfinished.pop_all()
         errors = process.stderr.read().strip().splitlines()
     if process.returncode:
         raise UnimoeError(errors[-1] if errors else f"the speech synthesis ended with status {process.returncode}")
