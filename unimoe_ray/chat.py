@@ -7,9 +7,9 @@ from pathlib import Path
 from unimoe_ray.config import Config
 from unimoe_ray.data.encode import TOWER_OF, decode_media, encode_files
 from unimoe_ray.data.media import BadMedia
-from unimoe_ray.data.prompt import encode_prompt
+from unimoe_ray.data.prompt import encode_prompt, plain_text
 from unimoe_ray.data.samples import PreparedSample
-from unimoe_ray.data.schema import PLACEHOLDER, Media, Sample
+from unimoe_ray.data.schema import Media, Sample
 from unimoe_ray.data.store import StoredFeatures
 from unimoe_ray.errors import UnimoeError, UsageError
 from unimoe_ray.evaluation.answer import answer
@@ -37,7 +37,7 @@ class Conversation:
         if not text.strip() and not media:
             raise UsageError("nothing to answer: give a question or a file")
         encoded = {f"{item.kind}/{len(self._media) + i}": self._encode(item) for i, item in enumerate(media)}
-        question = "\n".join([*(f"<{item.kind}>" for item in media), _plain(text)])
+        question = "\n".join([*(f"<{item.kind}>" for item in media), plain_text(text)])
         turns = (*self._turns, (question, ""))
         sample = Sample("chat", "chat", turns, (*self._media, *media), {})
         features = self._features | encoded
@@ -64,8 +64,3 @@ class Conversation:
 
     def _soft_tokens(self, name: str, features: StoredFeatures) -> int:
         return self._model.connectors[name.split("/")[0]].soft_tokens(features.lengths)
-
-
-def _plain(text: str) -> str:
-    """Placeholders belong to files; written by a user they are text."""
-    return PLACEHOLDER.sub(r"< \1>", text)

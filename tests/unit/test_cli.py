@@ -17,10 +17,11 @@ from PIL import Image
 
 from tests.tiny import TinyRun, save_start, tiny_config
 from unimoe_ray import config as configuration
-from unimoe_ray.chat import Conversation, _plain
+from unimoe_ray.chat import Conversation
 from unimoe_ray.cli import main
 from unimoe_ray.config.model import MODALITIES
 from unimoe_ray.data.encode import TOWER_OF
+from unimoe_ray.data.prompt import plain_text
 from unimoe_ray.data.schema import PLACEHOLDER, Media
 from unimoe_ray.data.tokenizer import train_tokenizer
 from unimoe_ray.errors import UnimoeError, UsageError
@@ -286,8 +287,8 @@ def test_a_failed_question_leaves_the_conversation_as_it_was(run, files):
 def test_anything_may_be_written(run, text):
     """Placeholders belong to files; written by a user they are text. All other text stays as it is."""
     assert isinstance(Conversation(run.config, final_model(run.config)).ask(text, []), str)
-    assert not PLACEHOLDER.search(_plain(text))
-    assert (_plain(text) == text) == (not PLACEHOLDER.search(text))
+    assert not PLACEHOLDER.search(plain_text(text))
+    assert (plain_text(text) == text) == (not PLACEHOLDER.search(text))
 
 
 def test_towers_other_than_those_of_the_training_are_refused(run, tmp_path):

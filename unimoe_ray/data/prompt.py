@@ -48,6 +48,11 @@ def encode_prompt(sample: Sample, tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
+def plain_text(text: str) -> str:
+    """Placeholders belong to files; written by a user they are text."""
+    return PLACEHOLDER.sub(r"< \1>", text)
+
+
 def decode(ids: list[int], tokenizer: Tokenizer) -> str:
     """Generated ids to text, up to the end token, without special tokens and outer spaces."""
     end = tokenizer.token_to_id(EOS)

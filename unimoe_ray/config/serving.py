@@ -1,0 +1,122 @@
+"""The endpoint: its deployments, how they scale, and what a request may ask for."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from unimoe_ray.config.base import Strict
+
+_HOST = re.compile(r"(\*\.)?[a-z0-9-]+(\.[a-z0-9-]+)*(:\d{1,5})?")
+
+
+class DeploymentConfig(Strict):
+    """Replicas of one deployment: resources of each, how many, and when one more or one less.
+
+    A replica is added when its handles' queues average more than ``target_ongoing_requests`` per replica for
+    ``upscale_delay_s``, and taken away likewise. ``min_replicas: 0`` lets the deployment go when nobody needs it.
+    """
+
+    num_cpus: float = Field(1.0, ge=0)
+    num_gpus: float = Field(0.0, ge=0)
+    min_replicas: int = Field(1, ge=0)
+    initial_replicas: int | None = Field(None, ge=0, description="at the start; min_replicas if not given")
+    max_replicas: int = Field(2, ge=1)
+    target_ongoing_requests: float = Field(8.0, gt=0)
+    max_ongoing_requests: int = Field(32, ge=1, description="requests that one replica takes at a time")
+    max_queued_requests: int = Field(64, ge=1, description="requests that wait in front of the replicas; more: 429")
+    upscale_delay_s: float = Field(5.0, ge=0)
+    downscale_delay_s: float = Field(300.0, ge=0)
+    look_back_period_s: float = Field(5.0, gt=0)
+    shutdown_timeout_s: float = Field(120.0, ge=0, description="a replica that goes may finish its requests this long")
+
+    @model_validator(mode="after")
+    def _bounds_agree(self) -> DeploymentConfig:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas ({self.min_replicas}) is above max_replicas ({self.max_replicas})")
+        initial = self.min_replicas if self.initial_replicas is None else self.initial_replicas
+        if not self.min_replicas <= initial <= self.max_replicas:
+            raise ValueError(f"initial_replicas ({initial}) is not between min_replicas and max_replicas")
+        return self
+
+
+class EncoderConfig(DeploymentConfig):
+    """A tower with its connectors. A batch closes when its cost (image and video: frames; speech and sound: seconds)
+    reaches ``max_batch_cost``, or ``batch_wait_s`` after its first file."""
+
+    max_batch_cost: int = Field(32, ge=1)
+    batch_wait_s: float = Field(0.005, ge=0)
+
+
+class EngineConfig(Strict):
+    """Continuous batching. ``kv_tokens`` is the budget of the KV cache: a request is admitted when its prompt and all
+    tokens that it may generate fit in it."""
+
+    max_running: int = Field(16, ge=1, description="requests that generate together")
+    kv_tokens: int | Literal["auto"] = Field("auto", description="auto: max_running times the longest sequence")
+    max_step_tokens: int = Field(512, ge=1, description="tokens of one step; longer prompts are prefilled in chunks")
+    max_waiting: int = Field(256, ge=0, description="admitted requests that wait for their turn; more: 429")
+    threads: int | Literal["auto"] = Field("auto", description="CPU threads; auto: num_cpus of the language deployment")
+
+    @field_validator("kv_tokens", "threads")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("allowed: 'auto' or a number from 1")
+        return value
+
+
+class LimitsConfig(Strict):
+    """What one request may bring and take."""
+
+    max_body_mb: float = Field(48.0, gt=0)
+    max_media_mb: float = Field(24.0, gt=0, description="of one file, decoded from base64")
+    max_media: int = Field(16, ge=0, description="files per request")
+    max_messages: int = Field(128, ge=1)
+    max_pixels: int = Field(25_000_000, ge=1, description="of an image")
+    max_video_pixels: int = Field(2_500_000, ge=1, description="of one frame")
+    max_seconds: float = Field(300.0, gt=0, description="of a sound, a recording or a video")
+    request_seconds: float = Field(300.0, gt=0, description="from its arrival to its last token; then 504")
+    fetch_seconds: float = Field(10.0, gt=0, description="for media behind a remote URL")
+    retry_after_s: int = Field(2, ge=1, description="what a client that is sent away (429, 503) is asked to wait")
+
+
+class ServingConfig(Strict):
+    """``unimoe serve``. ``media_hosts`` are the hosts of remote media URLs that are fetched ("example.org",
+    "*.example.org", "example.org:8443"); without any, media come as data: URLs only."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    model_name: str | None = Field(None, pattern=r"^[A-Za-z0-9._/-]+$", description="the run's name if not given")
+    api_keys_file: str | None = Field(None, description="one key per line; without it anyone may ask")
+    media_hosts: list[Annotated[str, Field(max_length=255)]] = []
+    cache_mb: float = Field(256.0, ge=0, description="soft tokens kept per ingress replica, by content")
+    throughput_mode: bool = Field(False, description="Serve's HAProxy and gRPC instead of its Python proxy")
+    ingress: DeploymentConfig = DeploymentConfig(
+        num_cpus=0.5, max_ongoing_requests=512, target_ongoing_requests=64, max_queued_requests=512
+    )
+    language: DeploymentConfig = DeploymentConfig(
+        max_replicas=1, target_ongoing_requests=16, max_ongoing_requests=64, max_queued_requests=64
+    )
+    image: EncoderConfig = EncoderConfig()
+    speech: EncoderConfig = EncoderConfig(max_batch_cost=120)
+    audio: EncoderConfig = EncoderConfig(max_batch_cost=120)
+    engine: EngineConfig = EngineConfig()
+    limits: LimitsConfig = LimitsConfig()
+
+    @field_validator("media_hosts")
+    @classmethod
+    def _host_names(cls, hosts: list[str]) -> list[str]:
+        for host in hosts:
+            if not _HOST.fullmatch(host):
+                raise ValueError(f"'{host}' is not a host; allowed: example.org, *.example.org, example.org:8443")
+        return hosts
+
+    @model_validator(mode="after")
+    def _someone_answers(self) -> ServingConfig:
+        for name in ("ingress", "language"):
+            if getattr(self, name).min_replicas < 1:
+                raise ValueError(f"{name}.min_replicas is 0; allowed: from 1 (only encoders may go)")
+        return self

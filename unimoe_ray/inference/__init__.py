@@ -1,0 +1,1 @@
+"""Generation: continuous batching over a KV cache, from soft tokens. Knows neither Ray nor HTTP."""

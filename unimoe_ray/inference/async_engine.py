@@ -1,0 +1,106 @@
+"""An engine in a thread of its own, for many asynchronous callers."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from unimoe_ray.inference.engine import Engine
+from unimoe_ray.inference.request import Admitted, EngineBusy, GenerationRequest, Output
+from unimoe_ray.inference.sequence import Sequence
+
+STOPPED = "the engine has stopped"
+
+
+class AsyncEngine:
+    """The ``Backend`` of this package. Make and call it in one event loop; only ``_run`` is in the thread.
+
+    Callers leave their wishes in an inbox that the thread empties between steps, so that the engine needs no lock.
+    """
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._inbox: deque[Sequence | str] = deque()
+        self._wake = threading.Event()
+        self._closing = False
+        self._streams: dict[str, asyncio.Queue[Output]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._ended = self._thread.submit(self._run)
+        self._ended.add_done_callback(self._report_end)
+
+    def admit(self, request: GenerationRequest) -> Admitted:
+        self.check()
+        if request.id in self._streams:
+            raise ValueError(f"request id {request.id} is in use")
+        config = self.engine.config
+        if len(self._streams) >= config.max_running + config.max_waiting:
+            raise EngineBusy(f"{len(self._streams)} requests are being answered or waiting already; try again later")
+        sequence = self.engine.start(request)
+        self._streams[request.id] = asyncio.Queue()
+        self._send(sequence)
+        return Admitted(sequence.prompt_tokens, sequence.max_new_tokens)
+
+    async def outputs(self, request_id: str) -> AsyncIterator[Output]:
+        queue = self._streams[request_id]
+        finished = False
+        try:
+            while not finished:
+                output = await queue.get()
+                finished = output.finish_reason is not None
+                yield output
+        finally:
+            self._streams.pop(request_id, None)
+            if not finished:
+                self._send(request_id)
+
+    def stats(self) -> dict[str, Any]:
+        return self.engine.stats()
+
+    def check(self) -> None:
+        if self._ended.done():
+            raise RuntimeError(STOPPED)
+
+    def close(self) -> None:
+        self._closing = True
+        self._wake.set()
+        self._thread.shutdown()
+
+    def _send(self, wish: Sequence | str) -> None:
+        self._inbox.append(wish)
+        self._wake.set()
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._wake.clear()
+            while self._inbox:
+                wish = self._inbox.popleft()
+                if isinstance(wish, str):
+                    self.engine.cancel(wish)
+                else:
+                    self.engine.add(wish)
+            outputs = self.engine.step()
+            if outputs:
+                self._loop.call_soon_threadsafe(self._deliver, outputs)
+            elif not self.engine.has_work:
+                self._wake.wait()
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            if output.request_id in self._streams:
+                self._streams[output.request_id].put_nowait(output)
+
+    def _report_end(self, ended: Future) -> None:
+        """Nobody waits for an engine that is gone."""
+        error = ended.exception()
+        reason = STOPPED if error is None else f"{STOPPED}: {type(error).__name__}: {error}"
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._fail_all, reason)
+
+    def _fail_all(self, reason: str) -> None:
+        for request_id, queue in self._streams.items():
+            queue.put_nowait(Output(request_id, finish_reason="error", error=reason))

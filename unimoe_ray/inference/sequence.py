@@ -1,0 +1,133 @@
+"""A request on its way through the engine."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from unimoe_ray.config.model import PLACEHOLDER_IDS
+from unimoe_ray.inference.kv_cache import Extent
+from unimoe_ray.inference.request import KINDS, GenerationRequest, RequestRefused
+from unimoe_ray.inference.sampling import Row
+from unimoe_ray.inference.text import TextStream
+
+ANSWER = KINDS.index("answer")
+_KIND_OF_PLACEHOLDER = {placeholder: KINDS.index(kind) for kind, placeholder in PLACEHOLDER_IDS.items()}
+
+
+@dataclass
+class Sequence:
+    """ids [S] int64: the spliced prompt, 0 at soft tokens; soft: (first row, values [M, H]) of each file; kinds [S]:
+    index into KINDS. ``cached``: tokens whose keys and values are in the arena."""
+
+    request: GenerationRequest
+    ids: torch.Tensor
+    soft: list[tuple[int, torch.Tensor]]
+    kinds: torch.Tensor
+    max_new_tokens: int
+    seed: int
+    text: TextStream
+    extent: Extent | None = None
+    cached: int = 0
+    generated: list[int] = field(default_factory=list)
+    arrived: float = field(default_factory=time.monotonic)
+    expert_load: np.ndarray | None = None
+
+    @classmethod
+    def start(
+        cls, request: GenerationRequest, tokenizer: Tokenizer, hidden_size: int, vocab_size: int, max_positions: int
+    ) -> Sequence:
+        """Checks everything that the forward pass relies on. Raises RequestRefused."""
+        ids, kinds, soft = _splice(request, hidden_size, vocab_size)
+        params = request.params
+        room = max_positions - len(ids)
+        if room < 1:
+            raise RequestRefused(
+                f"the prompt has {len(ids)} tokens, media included; the model takes at most {max_positions - 1}",
+                "messages",
+            )
+        wanted = room if params.max_new_tokens is None else params.max_new_tokens
+        if wanted > room:
+            raise RequestRefused(
+                f"{wanted} new tokens are asked for, but after a prompt of {len(ids)} tokens, media included, "
+                f"{room} fit (the context is {max_positions})",
+                "max_completion_tokens",
+            )
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        text = TextStream(tokenizer, params.stop)
+        return cls(request, torch.tensor(ids), soft, torch.tensor(kinds), wanted, seed, text)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.ids)
+
+    @property
+    def reserved_tokens(self) -> int:
+        """The last token generated is never fed back."""
+        return self.prompt_tokens + self.max_new_tokens - 1
+
+    @property
+    def left(self) -> int:
+        """Tokens to feed before the next one can be sampled."""
+        return self.prompt_tokens + len(self.generated) - self.cached
+
+    @property
+    def row(self) -> Row:
+        return Row(self.request.params, self.generated, self.seed)
+
+    def next_inputs(self, count: int, embed: torch.nn.Embedding) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings [count, H] and kinds [count] of the next tokens to feed."""
+        if self.cached >= self.prompt_tokens:
+            token = torch.tensor(self.generated[-1:], device=embed.weight.device)
+            return embed(token), torch.tensor([ANSWER])
+        first, last = self.cached, self.cached + count
+        embeddings = embed(self.ids[first:last].to(embed.weight.device))
+        for begin, values in self.soft:
+            low, high = max(first, begin), min(last, begin + len(values))
+            if low < high:
+                embeddings[low - first : high - first] = values[low - begin : high - begin].to(embeddings)
+        return embeddings, self.kinds[first:last]
+
+
+def _splice(
+    request: GenerationRequest, hidden_size: int, vocab_size: int
+) -> tuple[list[int], list[int], list[tuple[int, torch.Tensor]]]:
+    """Ids and kinds with each placeholder repeated for its soft tokens, and where those begin."""
+    ids: list[int] = []
+    kinds: list[int] = []
+    soft: list[tuple[int, torch.Tensor]] = []
+    files = list(request.soft_tokens)
+    wanted = sum(token < 0 for token in request.ids)
+    if wanted != len(files):
+        raise RequestRefused(f"{wanted} media placeholders for {len(files)} media files", "messages")
+    for token in request.ids:
+        if token >= vocab_size or (token < 0 and token not in _KIND_OF_PLACEHOLDER):
+            raise RequestRefused(f"token id {token} is outside the vocabulary of {vocab_size}", "messages")
+        if token >= 0:
+            ids.append(token)
+            kinds.append(0)
+            continue
+        values = _checked(files[len(soft)], len(soft), hidden_size)
+        soft.append((len(ids), values))
+        ids += [0] * len(values)
+        kinds += [_KIND_OF_PLACEHOLDER[token]] * len(values)
+    if not ids:
+        raise RequestRefused("the prompt is empty", "messages")
+    return ids, kinds, soft
+
+
+def _checked(values: np.ndarray, number: int, hidden_size: int) -> torch.Tensor:
+    """Soft tokens come from outside the engine: a wrong width or a NaN must end here."""
+    if not isinstance(values, np.ndarray) or values.ndim != 2 or values.shape[1] != hidden_size or not len(values):
+        shape = getattr(values, "shape", type(values).__name__)
+        raise RequestRefused(f"soft tokens of file {number} are {shape}; wanted [M, {hidden_size}]", "messages")
+    if values.dtype not in (np.float16, np.float32) or not np.isfinite(values).all():
+        raise RequestRefused(
+            f"soft tokens of file {number} ({values.dtype}) must be finite fp16 or fp32 numbers", "messages"
+        )
+    return torch.from_numpy(values.astype(values.dtype, copy=not values.flags.writeable))
