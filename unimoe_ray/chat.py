@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from unimoe_ray.config import Config
-from unimoe_ray.data.encode import TOWER_OF, decode_media, encode_files
+from unimoe_ray.data.features import TOWER_OF, decode_media, encode_files
 from unimoe_ray.data.media import BadMedia
 from unimoe_ray.data.prompt import encode_prompt, plain_text
 from unimoe_ray.data.samples import PreparedSample
@@ -14,7 +14,7 @@ from unimoe_ray.data.store import StoredFeatures
 from unimoe_ray.errors import UnimoeError, UsageError
 from unimoe_ray.evaluation.answer import answer
 from unimoe_ray.mini import source as mini
-from unimoe_ray.training.checkpoint import load_model
+from unimoe_ray.training.checkpoint import check_tower, load_model
 
 
 class Conversation:
@@ -24,9 +24,8 @@ class Conversation:
         self._config = config
         self._model, info, self._tokenizer = load_model(model_dir)
         self._towers = mini.towers(config)
-        for modality, fingerprint in info.towers.items():
-            if self._towers[TOWER_OF[modality]].fingerprint() != fingerprint:
-                raise UnimoeError(f"{model_dir}: was trained with another {modality} tower than the one loaded here")
+        for modality in info.towers:
+            check_tower(model_dir, info, modality, self._towers[TOWER_OF[modality]])
         self._turns: list[tuple[str, str]] = []
         self._media: list[Media] = []
         self._features: dict[str, StoredFeatures] = {}

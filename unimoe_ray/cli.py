@@ -1,4 +1,4 @@
-"""The command line: ``unimoe prepare | train | eval | chat | report | doctor``."""
+"""The command line: ``unimoe prepare | train | eval | chat | serve | report | doctor``."""
 
 from __future__ import annotations
 
@@ -77,6 +77,15 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
     chat.set_defaults(run=_chat)
 
+    serve = commands.add_parser("serve", help="answer over HTTP: an OpenAI-compatible endpoint and a page")
+    _with_run(serve)
+    serve.add_argument("--port", type=int, metavar="N", help="serving.port (default: 8000)")
+    serve.add_argument("--host", metavar="ADDRESS", help="serving.host (default: 127.0.0.1, this machine only)")
+    serve.add_argument("--write-config", type=Path, metavar="FILE", help="write a Serve config file (YAML) and stop")
+    serve.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
+    serve.add_argument("overrides", nargs="*", metavar="serving.sub=value", help="configuration overrides")
+    serve.set_defaults(run=_serve)
+
     report = commands.add_parser("report", help="write report/index.html of a run")
     _with_run(report)
     report.set_defaults(run=_report)
@@ -98,16 +107,6 @@ def _with_config(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def _with_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder, such as runs/mini")
-
-
-def _run_config(folder: Path) -> Config:
-    """The configuration of an existing run, at the place where it lies now."""
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise UnimoeError(f"{folder}: no such run folder (it has no config.yaml)")
-    tree = config.load(path).model_dump(mode="json")
-    folder = folder.resolve()
-    return config.parse(tree | {"name": folder.name, "runs_dir": str(folder.parent)})
 
 
 def _job(arguments: argparse.Namespace, work: Callable) -> int:
@@ -142,7 +141,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    settings = _run_config(arguments.run_folder)
+    settings = config.load_run(arguments.run_folder)
     from rich.console import Console
 
     from unimoe_ray import cluster, pipeline
@@ -166,7 +165,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    settings = _run_config(arguments.run_folder)
+    settings = config.load_run(arguments.run_folder)
     for kind in ("image", "audio", "speech", "video"):
         for path in getattr(arguments, kind):
             if not Path(path).is_file():
@@ -188,6 +187,26 @@ def _chat(arguments: argparse.Namespace) -> int:
     from unimoe_ray.repl import interact
 
     interact(conversation, attached)
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    given = [f"serving.{key}={getattr(arguments, key)}" for key in ("host", "port") if getattr(arguments, key)]
+    settings = config.load_run(arguments.run_folder, [*arguments.overrides, *given])
+    if arguments.dry_run:
+        print(config.dump(settings), end="")
+        return 0
+    if arguments.write_config:
+        from serve.app import write_config
+
+        write_config(settings, arguments.write_config)
+        print(arguments.write_config)
+        return 0
+    from rich.console import Console
+
+    from serve import launch
+
+    launch.run(settings, Console())
     return 0
 
 

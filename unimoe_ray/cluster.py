@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 
@@ -16,8 +17,11 @@ DATA_CPUS = 2
 
 
 @contextlib.contextmanager
-def connect(config: Config) -> Iterator[None]:
-    """Join the cluster of ``ray_address`` or of the environment; else start one here, ended on leaving."""
+def connect(config: Config, local_cpus: float | None = None) -> Iterator[None]:
+    """Join the cluster of ``ray_address`` or of the environment; else start one here, ended on leaving.
+
+    local_cpus: how many CPUs a cluster made here should say it has; what the training stages need if not given
+    """
     _quiet()
     address = config.ray_address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
@@ -32,10 +36,9 @@ def connect(config: Config) -> Iterator[None]:
         if address != "local":
             ray.init(address=address, **options)
         else:
-            runs = max((len(stage) for _, stage in config.stages), default=1)
             ray.init(
                 address="local",
-                num_cpus=max(local_workers(config), runs) + DATA_CPUS,
+                num_cpus=_training_cpus(config) if local_cpus is None else math.ceil(local_cpus),
                 include_dashboard=False,
                 object_store_memory=400 * 2**20,
                 **options,
@@ -47,6 +50,11 @@ def connect(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _training_cpus(config: Config) -> int:
+    runs = max((len(stage) for _, stage in config.stages), default=1)
+    return max(local_workers(config), runs) + DATA_CPUS
 
 
 def _quiet_data() -> None:

@@ -17,7 +17,8 @@ from unimoe_ray.config import Config, dump
 from unimoe_ray.config.model import MODALITIES
 from unimoe_ray.config.training import STAGES
 from unimoe_ray.data import prepare as preparing
-from unimoe_ray.data.encode import TOWER_OF, EncodeSettings
+from unimoe_ray.data.encode import EncodeSettings
+from unimoe_ray.data.features import TOWER_OF
 from unimoe_ray.data.tokenizer import load_tokenizer
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.evaluation import evaluate as evaluating

@@ -15,7 +15,8 @@ from PIL import Image
 from tests.tiny import tiny_config
 from unimoe_ray.config.model import MODALITIES
 from unimoe_ray.data import prepare as preparing
-from unimoe_ray.data.encode import TOWER_OF, EncodeSettings, decode_media, encode_files
+from unimoe_ray.data.encode import EncodeSettings
+from unimoe_ray.data.features import TOWER_OF, decode_media, encode_files
 from unimoe_ray.data.loader import read_features
 from unimoe_ray.data.samples import SampleTable
 from unimoe_ray.data.schema import parse_record

@@ -20,7 +20,7 @@ from unimoe_ray import config as configuration
 from unimoe_ray.chat import Conversation
 from unimoe_ray.cli import main
 from unimoe_ray.config.model import MODALITIES
-from unimoe_ray.data.encode import TOWER_OF
+from unimoe_ray.data.features import TOWER_OF
 from unimoe_ray.data.prompt import plain_text
 from unimoe_ray.data.schema import PLACEHOLDER, Media
 from unimoe_ray.data.tokenizer import train_tokenizer

@@ -1,5 +1,5 @@
 """Typed configuration. ``load("mini", ["training.workers=1"])`` gives a validated ``Config``."""
 
-from unimoe_ray.config.root import Config, dump, load, parse
+from unimoe_ray.config.root import Config, dump, load, load_run, parse
 
-__all__ = ["Config", "dump", "load", "parse"]
+__all__ = ["Config", "dump", "load", "load_run", "parse"]

@@ -15,7 +15,7 @@ from unimoe_ray.config.data import DataConfig, MiniConfig
 from unimoe_ray.config.model import ModelConfig
 from unimoe_ray.config.serving import ServingConfig
 from unimoe_ray.config.training import EvaluationConfig, StagesConfig, TrainingConfig
-from unimoe_ray.errors import UsageError
+from unimoe_ray.errors import UnimoeError, UsageError
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -57,6 +57,21 @@ def load(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Con
     return parse(tree)
 
 
+def load_run(
+    folder: Path, overrides: list[str] | tuple[str, ...] = (), changes: dict[str, Any] | None = None
+) -> Config:
+    """The configuration of an existing run, at the place where it lies now; ``changes``: a tree of settings that differ.
+
+    Raises UnimoeError when there is no such run, UsageError for a mistake in a setting.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UnimoeError(f"{folder}: no such run folder (it has no config.yaml)")
+    tree = _merge(load(path, overrides).model_dump(mode="json"), changes or {})
+    folder = folder.resolve()
+    return parse(tree | {"name": folder.name, "runs_dir": str(folder.parent)})
+
+
 def parse(tree: dict[str, Any]) -> Config:
     """Validate a configuration tree. Raises UsageError with one line for the first mistake."""
     _check_keys(tree, Config, "")
@@ -75,6 +90,13 @@ def parse(tree: dict[str, Any]) -> Config:
 def dump(config: Config) -> str:
     """The resolved configuration as YAML; ``load`` of it gives the same configuration."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        key for key in tree.keys() & changes.keys() if isinstance(tree[key], dict) and isinstance(changes[key], dict)
+    }
+    return tree | changes | {key: _merge(tree[key], changes[key]) for key in both}
 
 
 def _read(source: str | Path) -> dict[str, Any]:

@@ -55,11 +55,12 @@ def collate(
         for name in sample.media:
             files.setdefault(name.split("/")[0], []).append(features(name))
     for modality in sorted(files, key=list(PLACEHOLDER_IDS).index):
-        arrays |= _stack(modality, files[modality])
+        arrays |= stack_features(modality, files[modality])
     return arrays
 
 
-def _stack(modality: str, files: list[StoredFeatures]) -> Arrays:
+def stack_features(modality: str, files: list[StoredFeatures]) -> Arrays:
+    """The arrays of one modality in a micro-batch (see ``collate``)."""
     n = max(f.values.shape[1] for f in files)
     windows = sum(f.values.shape[0] for f in files)
     values = np.zeros((windows, n, files[0].values.shape[2]), np.float16)

@@ -6,18 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy
 
 from unimoe_ray.config.data import DataConfig
-from unimoe_ray.data.media import BadMedia, load_audio, load_image, load_video, pick_frames
+from unimoe_ray.data.features import TOWER_OF, decode_media, encode_files
+from unimoe_ray.data.media import BadMedia
 from unimoe_ray.data.schema import Media
-from unimoe_ray.data.store import FeatureStore, StoredFeatures, partition_dir, write_block
+from unimoe_ray.data.store import FeatureStore, partition_dir, write_block
 from unimoe_ray.errors import UnimoeError, root_cause
-
-TOWER_OF = {"image": "image", "video": "image", "audio": "audio", "speech": "speech"}
 
 
 @dataclass(frozen=True)
@@ -29,29 +27,6 @@ class EncodeSettings:
     frames: int
     data: DataConfig
     load_towers: Callable[[], dict]
-
-
-def decode_media(media: Media, frames: int, data: DataConfig):
-    """A media file as its tower takes it (see ``model.features.Tower``). Raises BadMedia."""
-    if media.kind == "image":
-        return load_image(media.paths[0], data.max_pixels)
-    if media.kind == "video":
-        if len(media.paths) > 1:
-            return [load_image(path, data.max_pixels) for path in pick_frames(list(media.paths), frames)]
-        return load_video(media.paths[0], frames, data.max_pixels, data.max_seconds)
-    return load_audio(media.paths[0], data.max_seconds)
-
-
-def encode_files(tower, decoded: list) -> list[StoredFeatures]:
-    """Features of decoded files of one modality, fp16, one entry a file."""
-    features = tower([tower.preprocess(media) for media in decoded])
-    values, lengths, owner = features.values.numpy(), features.lengths.numpy(), features.owner.numpy()
-    stored = []
-    for index in range(len(decoded)):
-        windows = owner == index
-        n = int(lengths[windows].max())
-        stored.append(StoredFeatures(values[windows][:, :n].astype(np.float16), lengths[windows].tolist()))
-    return stored
 
 
 class EncodeBlock:

@@ -33,7 +33,7 @@ class AsyncEngine:
         self._ended = self._thread.submit(self._run)
         self._ended.add_done_callback(self._report_end)
 
-    def admit(self, request: GenerationRequest) -> Admitted:
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Admitted | Output]:
         self.check()
         if request.id in self._streams:
             raise ValueError(f"request id {request.id} is in use")
@@ -41,22 +41,19 @@ class AsyncEngine:
         if len(self._streams) >= config.max_running + config.max_waiting:
             raise EngineBusy(f"{len(self._streams)} requests are being answered or waiting already; try again later")
         sequence = self.engine.start(request)
-        self._streams[request.id] = asyncio.Queue()
+        queue = self._streams[request.id] = asyncio.Queue()
         self._send(sequence)
-        return Admitted(sequence.prompt_tokens, sequence.max_new_tokens)
-
-    async def outputs(self, request_id: str) -> AsyncIterator[Output]:
-        queue = self._streams[request_id]
         finished = False
         try:
+            yield Admitted(sequence.prompt_tokens, sequence.max_new_tokens)
             while not finished:
                 output = await queue.get()
                 finished = output.finish_reason is not None
                 yield output
         finally:
-            self._streams.pop(request_id, None)
+            del self._streams[request.id]
             if not finished:
-                self._send(request_id)
+                self._send(request.id)
 
     def stats(self) -> dict[str, Any]:
         return self.engine.stats()

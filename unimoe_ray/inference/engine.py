@@ -16,7 +16,6 @@ from unimoe_ray.inference.forward import Span, forward
 from unimoe_ray.inference.kv_cache import KVArena
 from unimoe_ray.inference.request import (
     KINDS,
-    EngineBusy,
     FinishReason,
     GenerationRequest,
     Output,
@@ -79,9 +78,6 @@ class Engine:
         return sequence
 
     def add(self, sequence: Sequence) -> None:
-        """Raises EngineBusy when as many wait as may."""
-        if len(self.waiting) >= self.config.max_waiting + self.config.max_running - len(self.running):
-            raise EngineBusy(f"{len(self.waiting)} requests are waiting already; try again later")
         self.waiting.append(sequence)
 
     def cancel(self, request_id: str) -> bool:

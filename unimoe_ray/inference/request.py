@@ -96,20 +96,18 @@ class Output:
 
 @dataclass(frozen=True)
 class Admitted:
-    """prompt_tokens: spliced length; queue position is the engine's business."""
+    """A request that the engine will answer. prompt_tokens: spliced length, media included."""
 
     prompt_tokens: int
     max_new_tokens: int
 
 
 class Backend(Protocol):
-    """An asynchronous engine. Closing the iterator of a request early frees its slot in the step that runs."""
+    """An asynchronous engine."""
 
-    def admit(self, request: GenerationRequest) -> Admitted:
-        """Raises RequestRefused naming the part at fault, EngineBusy when it has too many waiting."""
-
-    def outputs(self, request_id: str) -> AsyncIterator[Output]:
-        """Outputs of an admitted request, the last one with a finish reason."""
+    def generate(self, request: GenerationRequest) -> AsyncIterator[Admitted | Output]:
+        """``Admitted``, then outputs, the last one with a finish reason. Closing the iterator early frees the request's
+        slot before the next step. Raises RequestRefused naming the part at fault, EngineBusy when too many wait."""
 
     def stats(self) -> dict[str, Any]:
         """Gauges and counters since the start, JSON."""

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from torch import nn
 
 from unimoe_ray.config.model import ModelConfig
 from unimoe_ray.data.tokenizer import load_tokenizer
 from unimoe_ray.errors import UnimoeError
+from unimoe_ray.model.connectors import build_connector
+from unimoe_ray.model.features import Tower
 from unimoe_ray.model.unimoe import UniMoE
 
 
@@ -95,6 +98,38 @@ def load_model(folder: Path) -> tuple[UniMoE, ModelInfo, Tokenizer]:
     model = info.build()
     load_weights(model, folder)
     return model.eval(), info, load_tokenizer(folder / "tokenizer.json")
+
+
+def load_connectors(folder: Path, modalities: list[str]) -> tuple[nn.ModuleDict, ModelInfo]:
+    """These connectors alone, in eval mode on the CPU, without reading the language model's weights."""
+    info = load_info(folder)
+    config = ModelConfig.model_validate(info.model)
+    connectors = nn.ModuleDict()
+    try:
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            for modality in modalities:
+                prefix = f"connectors.{modality}."
+                state = {k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118
+                hidden = len(state["projection.weight"])
+                connector = build_connector(
+                    modality, info.feature_dims[modality], hidden, config.connector, config.video
+                )
+                connector.load_state_dict(state)
+                connectors[modality] = connector
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        raise UnimoeError(f"{folder / 'model.safetensors'}: connectors can't be read: {error}") from None
+    return connectors.eval(), info
+
+
+def check_tower(folder: Path, info: ModelInfo, modality: str, tower: Tower) -> None:
+    """Raises UnimoeError when the model was trained on the features of another tower."""
+    if tower.fingerprint() != info.towers[modality]:
+        raise UnimoeError(f"{folder}: was trained with another {modality} tower than the one loaded here")
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a complete model folder: another one for other weights, configuration or tokenizer."""
+    return _sha256(folder / "manifest.json")
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:

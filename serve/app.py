@@ -1,0 +1,77 @@
+"""The Serve application: ``serve.app:build``, for ``unimoe serve``, ``serve deploy`` and KubeRay alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray import serve
+from ray.serve import Application
+
+from serve.autoscaling import deployment_options
+from unimoe_ray import config
+from unimoe_ray.config import Config
+from unimoe_ray.data.features import TOWER_OF
+from unimoe_ray.evaluation.evaluate import final_model
+from unimoe_ray.training.checkpoint import fingerprint
+
+DEPLOYMENTS = ("image", "speech", "audio", "language", "ingress")
+
+
+def build(args: dict[str, Any]) -> Application:
+    """``args``: run, the run folder; serving, settings that differ from those in its config.yaml.
+
+    Raises UsageError for a mistake in the settings, UnimoeError when the run has no finished model.
+    """
+    return application(config.load_run(Path(args["run"]), changes={"serving": args.get("serving", {})}))
+
+
+def application(settings: Config) -> Application:
+    from serve.encoders import Encoder
+    from serve.ingress import Ingress
+    from serve.language import LanguageModel
+
+    serving = settings.serving
+    folder = final_model(settings)
+    tree = settings.model_dump(mode="json")
+    options = {name: deployment_options(name, getattr(serving, name)) for name in DEPLOYMENTS}
+    towers = {
+        tower: serve.deployment(**options[tower])(Encoder).bind(tree, str(folder), tower)
+        for tower in ("image", "speech", "audio")
+    }
+    language = serve.deployment(**options["language"])(LanguageModel).bind(tree, str(folder))
+    return serve.deployment(**options["ingress"])(Ingress).bind(
+        tree["serving"],
+        serving.model_name or settings.name,
+        settings.data.voice_as,
+        fingerprint(folder),
+        {kind: towers[tower] for kind, tower in TOWER_OF.items()},
+        language,
+    )
+
+
+def serve_config(settings: Config) -> dict[str, Any]:
+    """The same as a Serve config file, for ``serve deploy`` and for KubeRay's ``serveConfigV2``."""
+    serving = settings.serving
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": serving.host, "port": serving.port},
+        "applications": [
+            {
+                "name": settings.name,
+                "route_prefix": "/",
+                "import_path": "serve.app:build",
+                "args": {
+                    "run": str(settings.run_dir.resolve()),
+                    "serving": serving.model_dump(mode="json", exclude_defaults=True),
+                },
+                "deployments": [deployment_options(name, getattr(serving, name)) for name in DEPLOYMENTS],
+            }
+        ],
+    }
+
+
+def write_config(settings: Config, path: Path) -> None:
+    final_model(settings)
+    path.write_text(yaml.safe_dump(serve_config(settings), sort_keys=False), encoding="utf-8")

@@ -1,0 +1,193 @@
+"""POST /v1/chat/completions, from the parsed request to the JSON of the answer or its events. Knows no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from serve.calls import MediaFile, Started, Task
+from serve.conversation import MediaPart, read_conversation, sampling_params
+from serve.errors import ApiError
+from serve.media import FetchLimits, RefusedMedia, decode_base64, read_media
+from serve.openai_api import ChatRequest, chunk, completion
+from unimoe_ray.config.serving import ServingConfig
+from unimoe_ray.inference.request import KINDS, Output, TokenLogprob
+
+Item = TypeVar("Item")
+MB = 1_000_000
+
+
+class Runner(Protocol):
+    """What answers a task (``serve.relay.Relay``)."""
+
+    def run(self, task: Task, files: list[MediaFile], *, streaming: bool) -> AsyncIterator[Started | Output]: ...
+
+
+class Observer(Protocol):
+    """Where times go: ``observe`` takes seconds."""
+
+    ttft: Any
+    inter_token: Any
+
+
+@dataclass
+class Answer:
+    """An answer as far as it has come. A second ``Started`` begins anew."""
+
+    started: Started | None = None
+    text: str = ""
+    tokens: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    last: Output | None = None
+
+    def take(self, item: Started | Output) -> None:
+        """Raises ApiError when the engine gave up."""
+        if isinstance(item, Started):
+            self.__init__(item)
+            return
+        if item.finish_reason == "error":
+            raise ApiError(500, f"the model failed: {item.error}")
+        self.text += item.text
+        self.tokens += len(item.token_ids)
+        self.logprobs += item.logprobs
+        self.finish_reason = item.finish_reason
+        self.last = item
+
+    def usage(self) -> dict[str, int]:
+        prompt = self.started.prompt_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": self.tokens, "total_tokens": prompt + self.tokens}
+
+    def expert_load(self) -> dict[str, Any]:
+        """Routed slots per modality, sparse layer and expert; modalities without tokens are left out."""
+        counts = self.last.expert_load
+        kinds = () if counts is None else [(kind, counts[i]) for i, kind in enumerate(KINDS) if counts[i].any()]
+        return {"experts": list(self.started.experts), "load": {kind: part.tolist() for kind, part in kinds}}
+
+
+class Chat:
+    """Answers chat requests for one model."""
+
+    def __init__(self, runner: Runner, config: ServingConfig, model: str, voice_as: str, observer: Observer):
+        self._runner, self._model, self._voice_as, self._observer = runner, model, voice_as, observer
+        self._limits = config.limits
+        self._fetch = FetchLimits(
+            max_bytes=int(config.limits.max_media_mb * MB),
+            seconds=config.limits.fetch_seconds,
+            hosts=tuple(config.media_hosts),
+        )
+
+    async def prepare(self, request: ChatRequest, request_id: str) -> tuple[Task, list[MediaFile]]:
+        """The task and its media files, fetched and decoded from base64. Raises ApiError."""
+        if request.model != self._model:
+            raise ApiError(
+                404,
+                f"the model '{request.model[:80]}' does not exist; there is '{self._model}'",
+                "model",
+                "model_not_found",
+            )
+        conversation = read_conversation(request, self._voice_as, self._limits)
+        files = await asyncio.gather(*(self._read(part) for part in conversation.media))
+        kinds = tuple(part.kind for part in conversation.media)
+        return Task(request_id, conversation.turns, kinds, sampling_params(request)), list(files)
+
+    async def complete(
+        self, request: ChatRequest, task: Task, files: list[MediaFile], deadline: float
+    ) -> dict[str, Any]:
+        """The whole answer as one object. ``deadline``: ``time.monotonic`` of its end. Raises ApiError."""
+        answer = Answer()
+        async for item in self._items(task, files, deadline, streaming=False):
+            answer.take(item)
+        choice: dict[str, Any] = {
+            "index": 0,
+            "message": {"role": "assistant", "content": answer.text},
+            "finish_reason": answer.finish_reason,
+            "logprobs": _logprobs(answer.logprobs) if request.logprobs else None,
+        }
+        extra = {"expert_load": answer.expert_load()} if request.expert_load else {}
+        return completion(task.request_id, self._model, choices=[choice], usage=answer.usage(), **extra)
+
+    async def stream(
+        self, request: ChatRequest, task: Task, files: list[MediaFile], deadline: float
+    ) -> AsyncIterator[dict[str, Any]]:
+        """The events of the answer; the first comes with the first text. Raises ApiError, at any time."""
+        answer, created, begun = Answer(), int(time.time()), False
+
+        def event(delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> dict[str, Any]:
+            choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
+            return chunk(task.request_id, self._model, created, [choice])
+
+        async for item in self._items(task, files, deadline, streaming=True):
+            answer.take(item)
+            if isinstance(item, Started) or not (item.text or item.logprobs or item.finish_reason):
+                continue
+            if not begun:
+                begun = True
+                yield event({"role": "assistant", "content": ""})
+            if item.text or item.logprobs:
+                yield event({"content": item.text}, logprobs=_logprobs(item.logprobs) if request.logprobs else None)
+        yield event({}, answer.finish_reason)
+        wants_usage = request.stream_options is not None and request.stream_options.include_usage
+        extra = {"usage": answer.usage()} if wants_usage else {}
+        if request.expert_load:
+            extra["expert_load"] = answer.expert_load()
+        if extra:
+            yield chunk(task.request_id, self._model, created, [], **extra)
+
+    async def _items(
+        self, task: Task, files: list[MediaFile], deadline: float, *, streaming: bool
+    ) -> AsyncIterator[Started | Output]:
+        """What the runner says, in time, with the time that it takes."""
+        items = self._runner.run(task, files, streaming=streaming)
+        arrived = before = time.monotonic()
+        tokens = 0
+        try:
+            while (item := await _next_before(items, deadline)) is not None:
+                if isinstance(item, Output) and item.token_ids:
+                    now = time.monotonic()
+                    (self._observer.inter_token if tokens else self._observer.ttft).observe(now - before)
+                    before, tokens = now, tokens + 1
+                yield item
+        except TimeoutError:
+            limit = f"{self._limits.request_seconds:g} s"
+            seconds = time.monotonic() - arrived
+            raise ApiError(504, f"no answer within {limit} (given up after {seconds:.1f} s)", code="timeout") from None
+        finally:
+            await items.aclose()
+
+    async def _read(self, part: MediaPart) -> MediaFile:
+        try:
+            if part.base64 is not None:
+                data = await asyncio.to_thread(decode_base64, part.base64, self._fetch.max_bytes)
+            else:
+                data = await read_media(part.url, self._fetch)
+        except RefusedMedia as error:
+            raise ApiError(error.status, f"{part.name}: {error}", part.name, "invalid_media") from None
+        return MediaFile(part.kind, data, part.name)
+
+
+def server_sent(event: dict[str, Any] | str) -> str:
+    return f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n"
+
+
+async def _next_before(items: AsyncIterator[Item], deadline: float) -> Item | None:
+    """The next item, None at the end. Raises TimeoutError."""
+    try:
+        return await asyncio.wait_for(anext(items), max(0.0, deadline - time.monotonic()))
+    except StopAsyncIteration:
+        return None
+
+
+def _logprobs(tokens: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> dict[str, Any]:
+    def describe(token: bytes, logprob: float) -> dict[str, Any]:
+        return {"token": token.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(token)}
+
+    content = [
+        describe(item.token, item.logprob) | {"top_logprobs": [describe(*other) for other in item.top]}
+        for item in tokens
+    ]
+    return {"content": content}

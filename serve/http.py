@@ -1,0 +1,239 @@
+"""The HTTP side of the ingress: routes, keys, limits, server-sent events, the page. Knows no Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from serve.chat import MB, Chat, server_sent
+from serve.errors import ApiError
+from serve.openai_api import ChatRequest, model_object, parse_chat
+from unimoe_ray import __version__
+from unimoe_ray.config.serving import LimitsConfig
+from unimoe_ray.errors import UnimoeError
+
+logger = logging.getLogger("ray.serve")
+UI = Path(__file__).parent / "ui"
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob: data:; "
+    "connect-src 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript"}
+
+
+class ApiKeys:
+    """Keys of a file, one per line; compared by hash in constant time. Without a file anyone may ask."""
+
+    def __init__(self, path: str | None):
+        self._hashes: list[bytes] | None = None
+        if path is not None:
+            try:
+                lines = Path(path).read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UnimoeError(f"serving.api_keys_file {path}: {error}") from None
+            self._hashes = [_digest(line.strip()) for line in lines if line.strip() and not line.startswith("#")]
+            if not self._hashes:
+                raise UnimoeError(f"serving.api_keys_file {path}: holds no key (one per line)")
+
+    def check(self, request: Request) -> None:
+        """Raises ApiError 401."""
+        if self._hashes is None:
+            return
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        given = _digest(key.strip())
+        matches = [hmac.compare_digest(given, known) for known in self._hashes]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """What the routes need. healthy: None, or why no answer can be given; metrics: Prometheus text; answered: told the
+    status of every answer."""
+
+    model: str
+    chat: Chat
+    keys: ApiKeys
+    limits: LimitsConfig
+    healthy: Callable[[], Awaitable[str | None]]
+    metrics: Callable[[], Awaitable[bytes]]
+    answered: Callable[[int], None]
+
+
+def build_app(endpoint: Endpoint) -> FastAPI:
+    app = FastAPI(title="unimoe_ray", version=__version__, docs_url=None, redoc_url=None)
+    created = int(time.time())
+    guarded = [Depends(endpoint.keys.check)]
+    errors = _error_responses()
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> JSONResponse:
+        _log(endpoint, request, error.status, error.message)
+        return JSONResponse(error.body(), error.status, error.headers())
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        """Routes and methods that do not exist."""
+        return await api_error(request, ApiError(error.status_code, str(error.detail), code="not_found"))
+
+    @app.post(
+        "/v1/chat/completions",
+        dependencies=guarded,
+        openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _REQUEST}}}},
+        responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}, **errors},
+    )
+    async def chat_completions(request: Request) -> Response:
+        arrived = time.monotonic()
+        deadline = arrived + endpoint.limits.request_seconds
+        chat = parse_chat(await _body(request, int(endpoint.limits.max_body_mb * MB)))
+        task, files = await endpoint.chat.prepare(chat, _request_id(request))
+        if not chat.stream:
+            answer = await endpoint.chat.complete(chat, task, files, deadline)
+            _log(endpoint, request, 200, _summary(answer["usage"], arrived, chat))
+            return JSONResponse(answer)
+        events = endpoint.chat.stream(chat, task, files, deadline)
+        first = await anext(events)  # What fails before the first token is an ordinary error answer.
+        lines = _lines(first, events, lambda status, text: _log(endpoint, request, status, text))
+        return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    @app.get("/v1/models", dependencies=guarded, responses=errors)
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model_object(endpoint.model, created)]}
+
+    @app.get("/v1/models/{name:path}", dependencies=guarded, responses=errors)
+    async def model(name: str) -> dict[str, Any]:
+        if name != endpoint.model:
+            raise ApiError(404, f"the model '{name[:80]}' does not exist", "model", "model_not_found")
+        return model_object(endpoint.model, created)
+
+    @app.get("/health", responses={503: errors[503]})
+    async def health() -> dict[str, str]:
+        if reason := await endpoint.healthy():
+            raise ApiError(503, reason, retry_after=endpoint.limits.retry_after_s)
+        return {"status": "ok"}
+
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def metrics() -> Response:
+        return Response(await endpoint.metrics(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(UI / "index.html", headers=PAGE_HEADERS, media_type="text/html")
+
+    @app.get("/ui/{name}", include_in_schema=False)
+    async def asset(name: str) -> FileResponse:
+        path = UI / name
+        if path.suffix not in MEDIA_TYPES or path.parent != UI or not path.is_file():
+            raise ApiError(404, "no such file", code="not_found")
+        return FileResponse(path, headers=PAGE_HEADERS, media_type=MEDIA_TYPES[path.suffix])
+
+    app.openapi = lambda: _openapi(app, FastAPI.openapi(app))
+    return app
+
+
+async def _lines(
+    first: dict[str, Any], events: AsyncIterator[dict[str, Any]], log: Callable[[int, str], None]
+) -> AsyncIterator[str]:
+    """Server-sent events; an error after the first is an event too, and then there is no [DONE]."""
+    try:
+        yield server_sent(first)
+        async for event in events:
+            yield server_sent(event)
+        yield server_sent("[DONE]")
+        log(200, "streamed")
+    except ApiError as error:
+        log(error.status, f"broke off: {error.message}")
+        yield server_sent(error.body())
+    finally:
+        await events.aclose()
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """Raises ApiError 413 before more than ``limit`` bytes are kept."""
+    too_large = ApiError(413, f"the request is larger than {limit // MB} MB", code="request_too_large")
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise too_large
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise too_large
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _request_id(request: Request) -> str:
+    """Serve's, which is the client's own X-Request-ID if it sent one."""
+    return (
+        request.headers.get("x-request-id", "")[:128] or hashlib.sha256(str(time.time_ns()).encode()).hexdigest()[:32]
+    )
+
+
+def _log(endpoint: Endpoint, request: Request, status: int, text: str) -> None:
+    endpoint.answered(status)
+    logger.info(f"{request.method} {request.url.path} {status} {text}")
+
+
+def _summary(usage: dict[str, int], arrived: float, chat: ChatRequest) -> str:
+    took = f"{usage['prompt_tokens']}+{usage['completion_tokens']} tokens in {time.monotonic() - arrived:.3f} s"
+    return f"{took} user={chat.user!r}" if chat.user else took
+
+
+_REQUEST = {"$ref": "#/components/schemas/ChatRequest"}
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+
+def _error_responses() -> dict[int, dict[str, Any]]:
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    texts = {
+        400: "The request can't be answered as it is; the message names the part at fault.",
+        401: "No valid API key.",
+        404: "No such model or path.",
+        413: "The request, or a file in it, is too large.",
+        429: "Too many requests are waiting; see Retry-After.",
+        500: "The model failed.",
+        503: "The model can't be reached, or its replica ended; see Retry-After.",
+        504: "No answer in time, or none from the host of a media URL.",
+    }
+    return {status: {"description": text, "content": content} for status, text in texts.items()}
+
+
+def _openapi(app: FastAPI, schema: dict[str, Any]) -> dict[str, Any]:
+    """FastAPI's schema with the models of the body, which is read by hand for the sake of its limits."""
+    request = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas = schema.setdefault("components", {}).setdefault("schemas", {})
+    schemas |= request.pop("$defs") | {"ChatRequest": request, "Error": _ERROR}
+    return schema

@@ -1,0 +1,227 @@
+"""One request through the deployments: media to encoders, their soft tokens to the language model, tokens back.
+
+An encoder's answer is passed on as a reference that nobody here reads: arrays go from the encoder's node to the
+language model's through the object store. When a replica dies, the request starts again unless the client has seen a
+part of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+from ray.exceptions import (
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    TaskCancelledError,
+    WorkerCrashedError,
+)
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+
+from serve.cache import EmbeddingCache
+from serve.calls import MediaFile, MediaRefused, Started, Task
+from serve.errors import ApiError
+from serve.metrics import IngressMetrics
+from serve.suspects import Suspects
+from unimoe_ray.inference.request import EngineBusy, Output, RequestRefused
+
+logger = logging.getLogger("ray.serve")
+LANGUAGE = "language"
+# A request that lost its replica this often for reasons of its own would be refused by then; the rest is bad luck.
+MAX_TRIES = 5
+# What a call raises when the process or node behind it, or a value that it left, is gone.
+LOST = (RayActorError, ObjectLostError, WorkerCrashedError, ReplicaUnavailableError)
+
+
+class Relay:
+    """encoders: handles by media kind; language: handle of the language model. All of them by reference."""
+
+    def __init__(
+        self,
+        encoders: dict[str, DeploymentHandle],
+        language: DeploymentHandle,
+        *,
+        fingerprint: str,
+        cache_bytes: int,
+        retry_after_s: int,
+        metrics: IngressMetrics,
+    ):
+        # Serve's throughput mode would send arguments by value over gRPC, at most 4 MiB of them.
+        by_reference: dict[str, Any] = {"_by_reference": True}
+        self._encoders = {kind: handle.options(**by_reference) for kind, handle in encoders.items()}
+        self._language = language.options(stream=True, **by_reference)
+        self._fingerprint = fingerprint
+        self._cache: EmbeddingCache[DeploymentResponse] = EmbeddingCache(cache_bytes)
+        self._suspects = Suspects()
+        self._turns: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._retry_after_s = retry_after_s
+        self._metrics = metrics
+
+    async def run(self, task: Task, files: list[MediaFile], *, streaming: bool) -> AsyncIterator[Started | Output]:
+        """``Started``, then outputs to the last. A second ``Started`` begins anew: forget the outputs before it. While
+        ``streaming`` that happens only until the first output with something to show. Raises ApiError."""
+        keys = [f"{file.key}/{self._fingerprint}" for file in files]
+        key = task.key(keys)
+        for _ in range(MAX_TRIES):
+            self._refuse_crashers(key, keys, files)
+            shown = False
+            alone = self._suspects.is_suspect(key)
+            encoded: list[DeploymentResponse] = []
+            try:
+                encoded = await self._encode(files, keys)
+                async with self._turn(LANGUAGE, alone), self._call(replace(task, alone=alone), encoded) as items:
+                    async for item in items:
+                        if isinstance(item, Started):
+                            self._note_sizes(keys, item)
+                        shown |= isinstance(item, Output) and bool(item.text or item.logprobs)
+                        yield item
+                self._suspects.clear(key)
+                return
+            except LOST as error:
+                await self._find_cause(key, alone, keys, files, encoded, error)
+            except RayError as error:
+                await self._raise_media_error(files, keys, encoded)
+                raise self._api_error(error) from error
+            except DeploymentUnavailableError as error:
+                raise ApiError(503, "the model can't be reached", retry_after=self._retry_after_s) from error
+            except BackPressureError as error:
+                raise self._busy() from error
+            if streaming and shown:
+                raise ApiError(503, "the answer broke off: the model's replica ended", code="replica_lost")
+            self._metrics.retries.inc()
+        raise ApiError(503, "the model's replicas keep ending; try again later", retry_after=self._retry_after_s)
+
+    @asynccontextmanager
+    async def _call(self, task: Task, encoded: list[DeploymentResponse]) -> AsyncIterator[AsyncIterator[Any]]:
+        """A call to the language model, cancelled when it is left before its end."""
+        items = self._language.generate.remote(task, *encoded)
+        ended = False
+        try:
+
+            async def through() -> AsyncIterator[Any]:
+                nonlocal ended
+                async for item in items:
+                    yield item
+                ended = True
+
+            yield through()
+        finally:
+            if not ended:
+                items.cancel()
+
+    async def _encode(self, files: list[MediaFile], keys: list[str]) -> list[DeploymentResponse]:
+        return list(await asyncio.gather(*(self._encode_one(f, k) for f, k in zip(files, keys, strict=True))))
+
+    async def _encode_one(self, file: MediaFile, key: str) -> DeploymentResponse:
+        """The soft tokens of a file, under way or in the object store."""
+        known = self._cache.get(key)
+        self._metrics.cache(file.kind, known is not None, self._cache.nbytes)
+        if known is not None:
+            return known
+        if not self._suspects.is_suspect(key):
+            response = self._encoders[file.kind].encode.remote(file)
+            self._cache.put(key, response)
+            return response
+        async with self._turn(file.kind, alone=True):
+            response = self._encoders[file.kind].encode.remote(replace(file, alone=True))
+            try:
+                await response
+            except LOST:
+                self._suspects.crashed(key, alone=True)
+                self._refuse_crashers("", [key], [file])
+            self._suspects.clear(key)
+        self._cache.put(key, response)
+        return response
+
+    @asynccontextmanager
+    async def _turn(self, deployment: str, alone: bool) -> AsyncIterator[None]:
+        """Suspects go to a deployment one after the other: if it dies, there is one culprit."""
+        if not alone:
+            yield
+            return
+        async with self._turns[deployment]:
+            yield
+
+    def _refuse_crashers(self, key: str, keys: list[str], files: list[MediaFile]) -> None:
+        for file, media_key in zip(files, keys, strict=True):
+            if self._suspects.is_refused(media_key):
+                raise ApiError(400, f"{file.name}: this file has crashed its encoder twice", file.name, "crashes")
+        if self._suspects.is_refused(key):
+            raise ApiError(400, "this request has crashed the model twice", "messages", "crashes")
+
+    async def _find_cause(
+        self,
+        key: str,
+        alone: bool,
+        keys: list[str],
+        files: list[MediaFile],
+        encoded: list[DeploymentResponse],
+        error: Exception,
+    ) -> None:
+        """After a loss: suspect the files whose encoder is gone, else the request. Raises ApiError for bad media."""
+        lost = []
+        for file, media_key, response in zip(files, keys, encoded, strict=False):
+            outcome = await _outcome(response)
+            if isinstance(outcome, LOST):
+                self._cache.drop(media_key, response)
+                self._suspects.crashed(media_key, alone=False)
+                lost.append(file.kind)
+        if not lost:
+            self._suspects.crashed(key, alone)
+        logger.warning(f"lost {', '.join(lost) or LANGUAGE} while answering: {type(error).__name__}")
+        await self._raise_media_error(files, keys, encoded)
+
+    async def _raise_media_error(
+        self, files: list[MediaFile], keys: list[str], encoded: list[DeploymentResponse]
+    ) -> None:
+        """The language model could not start because a file was refused: say which, and why."""
+        for file, key, response in zip(files, keys, encoded, strict=False):
+            outcome = await _outcome(response)
+            if isinstance(outcome, Exception):
+                self._cache.drop(key, response)
+            if isinstance(outcome, MediaRefused):
+                raise ApiError(400, str(outcome.args[0]), file.name, "invalid_media") from None
+
+    def _note_sizes(self, keys: list[str], started: Started) -> None:
+        for key, nbytes in zip(keys, started.media_bytes, strict=True):
+            self._cache.measured(key, nbytes)
+
+    def _busy(self) -> ApiError:
+        return ApiError(
+            429, "too many requests are waiting; try again later", code="busy", retry_after=self._retry_after_s
+        )
+
+    def _api_error(self, error: RayError) -> ApiError:
+        if isinstance(error, EngineBusy):
+            return self._busy()
+        if isinstance(error, RequestRefused):
+            return ApiError(400, str(error.args[0]), error.args[1], "invalid_value")
+        if isinstance(error, TaskCancelledError):
+            return ApiError(
+                503, "the answer was cancelled: the model is being replaced", retry_after=self._retry_after_s
+            )
+        logger.error(f"unexpected error of a deployment: {error}")
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        return ApiError(500, f"the model failed ({type(cause).__name__})")
+
+
+async def _outcome(response: DeploymentResponse) -> Exception | None:
+    """The error of an encoder's answer; None when it is there, or not known within a moment."""
+    done, _ = await asyncio.wait({asyncio.ensure_future(_settled(response))}, timeout=2.0)
+    return done.pop().result() if done else None
+
+
+async def _settled(response: DeploymentResponse) -> Exception | None:
+    try:
+        await response
+    except (RayError, BackPressureError, DeploymentUnavailableError, MediaRefused) as error:
+        return error
+    return None

@@ -1,0 +1,40 @@
+"""One media file to the features of its frozen tower: what the encoding pipeline, chat and the endpoint share."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from unimoe_ray.config.data import DataConfig
+from unimoe_ray.data.media import load_audio, load_image, load_video, pick_frames
+from unimoe_ray.data.schema import Media
+from unimoe_ray.data.store import StoredFeatures
+
+TOWER_OF = {"image": "image", "video": "image", "audio": "audio", "speech": "speech"}
+
+
+def decode_media(media: Media, frames: int, data: DataConfig):
+    """A media file as its tower takes it (see ``model.features.Tower``). Raises BadMedia."""
+    if media.kind == "image":
+        return load_image(media.paths[0], data.max_pixels)
+    if media.kind == "video":
+        if len(media.paths) > 1:
+            return [load_image(path, data.max_pixels) for path in pick_frames(list(media.paths), frames)]
+        return load_video(media.paths[0], frames, data.max_pixels, data.max_seconds)
+    return load_audio(media.paths[0], data.max_seconds)
+
+
+def encode_files(tower, decoded: list) -> list[StoredFeatures]:
+    """Features of decoded files of one tower, fp16, one entry a file."""
+    return encode_windows(tower, [tower.preprocess(media) for media in decoded])
+
+
+def encode_windows(tower, windows: list[np.ndarray]) -> list[StoredFeatures]:
+    """``encode_files`` from the tower's own input windows."""
+    features = tower(windows)
+    values, lengths, owner = (t.cpu().numpy() for t in (features.values, features.lengths, features.owner))
+    stored = []
+    for index in range(len(windows)):
+        mine = owner == index
+        n = int(lengths[mine].max())
+        stored.append(StoredFeatures(values[mine][:, :n].astype(np.float16), lengths[mine].tolist()))
+    return stored
