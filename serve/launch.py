@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -15,6 +16,7 @@ from unimoe_ray import cluster
 from unimoe_ray.config import Config
 from unimoe_ray.doctor import port_is_free
 from unimoe_ray.errors import UnimoeError
+from unimoe_ray.evaluation.evaluate import final_model
 
 STARTUP_TIMEOUT_S = 600.0
 POLL_S = 0.25
@@ -23,15 +25,12 @@ POLL_S = 0.25
 def run(settings: Config, console: Console) -> None:
     """Start everything, show how it comes up, print the address, wait for Ctrl-C or SIGTERM, shut down."""
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     with serving(settings, console, stop) as url:
         if url is None:
             return
         name = settings.serving.model_name or settings.name
-        console.print(
-            f"\n  page   {url}\n  API    {url}/v1 (OpenAI's; model '{name}')\n\nCtrl-C stops it.", highlight=False
-        )
+        console.print(f"\n  page   {url}\n  API    {url}/v1 (as OpenAI's; model '{name}')", highlight=False)
+        console.print("\nCtrl-C stops it.", highlight=False)
         stop.wait()
         console.print("stopping: running requests may finish")
 
@@ -43,7 +42,9 @@ def serving(settings: Config, console: Console, stop: threading.Event) -> Iterat
     Raises UnimoeError when it can't start, with the reason.
     """
     options = settings.serving
-    os.environ.update(_environment(settings))
+    final_model(settings)  # Without one there is nothing to start Ray for.
+    for name, value in _environment(settings).items():
+        os.environ.setdefault(name, value)
     if not port_is_free(options.port):
         raise UnimoeError(f"port {options.port} is in use on this machine; give another one with --port")
     parts = (options.ingress, options.language, options.image, options.speech, options.audio)
@@ -54,23 +55,29 @@ def serving(settings: Config, console: Console, stop: threading.Event) -> Iterat
 
         from serve.app import application
 
-        target = application(settings)
+        for number in (signal.SIGINT, signal.SIGTERM):  # Ray has set its own for SIGTERM.
+            signal.signal(number, lambda *_: stop.set())
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        target = serve.RunTarget(application(settings), name=settings.name, route_prefix="/")
         console.print(f"Ray is up after {time.monotonic() - started:.0f} s; starting the deployments", highlight=False)
         try:
             serve.start(http_options=HTTPOptions(host=options.host, port=options.port))
-            serve.run_many(
-                [serve.RunTarget(target, name=settings.name, route_prefix="/")], wait_for_applications_running=False
-            )
+            serve.run_many([target], wait_for_applications_running=False)
             ready = _wait(settings.name, console, stop, started)
             shown = "127.0.0.1" if options.host == "0.0.0.0" else options.host
             yield f"http://{shown}:{options.port}" if ready else None
         finally:
-            serve.shutdown()
+            serve.delete(settings.name)  # Not shutdown: other applications may run on a cluster that was joined.
 
 
 def _environment(settings: Config) -> dict[str, str]:
     """What Ray and Serve read when they are imported or started."""
-    variables = {"RAY_SERVE_LOG_TO_STDERR": "0", "RAY_metrics_report_interval_ms": "2000"}
+    variables = {
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_metrics_report_interval_ms": "2000",
+        # How soon a deployment that scaled to zero learns that somebody waits for it.
+        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    }
     if settings.serving.throughput_mode:
         variables |= {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
     return variables

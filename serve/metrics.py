@@ -21,6 +21,7 @@ from unimoe_ray.inference.request import KINDS
 SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
 PREFIXES = ("ray_unimoe_", "ray_serve_")
+NOISE = ("Component", "SessionName", "Version")
 
 
 class IngressMetrics:
@@ -96,13 +97,17 @@ async def cluster_metrics(timeout_s: float = 3.0) -> bytes:
         urls = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
         pages = await asyncio.gather(*(_get(session, url) for url in urls))
     merged: dict[str, Metric] = {}
-    for page in pages:
-        for family in text_string_to_metric_families(page):
-            if family.name.startswith(PREFIXES):
-                merged.setdefault(family.name, family).samples.extend(
-                    family.samples if merged[family.name] is not family else ()
-                )
+    for family in (family for page in pages for family in text_string_to_metric_families(page)):
+        if family.name.startswith(PREFIXES):
+            samples = [sample._replace(labels=_ours(sample.labels)) for sample in family.samples]
+            family.samples = []
+            merged.setdefault(family.name, family).samples += samples
     return generate_latest(_Merged(list(merged.values())))
+
+
+def _ours(labels: dict[str, str]) -> dict[str, str]:
+    """Labels but those of Ray's exporter, the same everywhere."""
+    return {name: value for name, value in labels.items() if not name.startswith("otel_") and name not in NOISE}
 
 
 @dataclass

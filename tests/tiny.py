@@ -12,10 +12,13 @@ import torch
 from unimoe_ray.config import Config, parse
 from unimoe_ray.config.model import MODALITIES, PLACEHOLDER_IDS
 from unimoe_ray.data import prepare
+from unimoe_ray.data.features import TOWER_OF
 from unimoe_ray.data.samples import PreparedSample, write_samples
 from unimoe_ray.data.store import StoredFeatures, partition_dir, write_block
-from unimoe_ray.data.tokenizer import train_tokenizer
+from unimoe_ray.data.tokenizer import load_tokenizer, train_tokenizer
+from unimoe_ray.mini import source as mini
 from unimoe_ray.model.unimoe import UniMoE
+from unimoe_ray.pipeline import open_run
 from unimoe_ray.training.checkpoint import ModelInfo, checkpoint_dir, save_model
 from unimoe_ray.training.trainer import recipe
 
@@ -115,6 +118,34 @@ def make_tiny_run(root: Path, **changes) -> TinyRun:
                 if ".mlp." in key:
                     parameter.add_(0.3 * torch.randn_like(parameter))
         save_start(run, expert, "experts", name)
+    return run
+
+
+def make_servable_run(root: Path, **changes) -> TinyRun:
+    """A run with a finished model of random weights behind towers of the real architectures, also random: it answers
+    gibberish about real files, and differently about different ones."""
+    config = tiny_config(root, **_merge({"mini": {"random_towers": True}}, changes))
+    towers = mini.towers(config)
+    tokenizer = config.run_dir / "tokenizer.json"
+    with open_run(config):
+        train_tokenizer(["what is this? a red circle"] * 3, VOCAB).save(str(tokenizer))
+    info = ModelInfo(
+        config.model.model_dump(mode="json"),
+        load_tokenizer(tokenizer).get_vocab_size(),
+        {m: towers[TOWER_OF[m]].feature_dim for m in MODALITIES},
+        sparse=True,
+        towers={m: towers[TOWER_OF[m]].fingerprint() for m in MODALITIES},
+        random_towers=True,
+    )
+    run = TinyRun(config, info, tokenizer)
+    torch.manual_seed(0)
+    model = info.build()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name or "projection" in name:
+                parameter.mul_(8)
+    model.match_text_rms()
+    save_start(run, model, "tune", "tune")
     return run
 
 

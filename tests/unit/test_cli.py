@@ -15,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
-from tests.tiny import TinyRun, save_start, tiny_config
+from tests.tiny import TinyRun, make_servable_run, save_start, tiny_config
 from unimoe_ray import config as configuration
 from unimoe_ray.chat import Conversation
 from unimoe_ray.cli import main
@@ -167,31 +167,7 @@ def test_a_full_disk_is_one_line(capsys, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> TinyRun:
-    """A run whose towers are the real architectures with random weights."""
-    changes = {"mini": {"random_towers": True}, "model": {"language": {"max_positions": 128}}}
-    settings = tiny_config(tmp_path_factory.mktemp("chat"), **changes)
-    towers = mini.towers(settings)
-    tokenizer = settings.run_dir / "tokenizer.json"
-    with open_run(settings):
-        train_tokenizer(["what is this? a red circle"] * 3, 300).save(str(tokenizer))
-    info = ModelInfo(
-        settings.model.model_dump(mode="json"),
-        train_tokenizer(["what is this? a red circle"] * 3, 300).get_vocab_size(),
-        {m: towers[TOWER_OF[m]].feature_dim for m in MODALITIES},
-        sparse=True,
-        towers={m: towers[TOWER_OF[m]].fingerprint() for m in MODALITIES},
-        random_towers=True,
-    )
-    run = TinyRun(settings, info, tokenizer)
-    torch.manual_seed(0)
-    model = info.build()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "o_proj" in name or "down_proj" in name or "projection" in name:
-                parameter.mul_(8)
-    model.match_text_rms()
-    save_start(run, model, "tune", "tune")
-    return run
+    return make_servable_run(tmp_path_factory.mktemp("chat"), model={"language": {"max_positions": 128}})
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def load(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Con
 def load_run(
     folder: Path, overrides: list[str] | tuple[str, ...] = (), changes: dict[str, Any] | None = None
 ) -> Config:
-    """The configuration of an existing run, at the place where it lies now; ``changes``: a tree of settings that differ.
+    """The configuration of an existing run, where it lies now; ``changes``: a tree of settings that differ.
 
     Raises UnimoeError when there is no such run, UsageError for a mistake in a setting.
     """
@@ -93,10 +93,12 @@ def dump(config: Config) -> str:
 
 
 def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    both = {
-        key for key in tree.keys() & changes.keys() if isinstance(tree[key], dict) and isinstance(changes[key], dict)
-    }
-    return tree | changes | {key: _merge(tree[key], changes[key]) for key in both}
+    """``changes`` over ``tree``, key by key at every depth."""
+    merged = dict(tree)
+    for key, value in changes.items():
+        deeper = isinstance(value, dict) and isinstance(tree.get(key), dict)
+        merged[key] = _merge(tree[key], value) if deeper else value
+    return merged
 
 
 def _read(source: str | Path) -> dict[str, Any]:

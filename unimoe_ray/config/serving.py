@@ -29,7 +29,7 @@ class DeploymentConfig(Strict):
     max_queued_requests: int = Field(64, ge=1, description="requests that wait in front of the replicas; more: 429")
     upscale_delay_s: float = Field(5.0, ge=0)
     downscale_delay_s: float = Field(300.0, ge=0)
-    look_back_period_s: float = Field(5.0, gt=0)
+    look_back_period_s: float = Field(15.0, gt=0)
     shutdown_timeout_s: float = Field(120.0, ge=0, description="a replica that goes may finish its requests this long")
 
     @model_validator(mode="after")

@@ -9,16 +9,18 @@ from tokenizers.decoders import DecodeStream
 
 
 class TextStream:
-    """The text of one answer, without outer spaces, as ``data.prompt.decode`` gives it in one piece.
+    """The text of one answer: all pieces together are what ``data.prompt.decode`` makes of all tokens.
 
     Held back until it is certain: incomplete characters, the beginning of a possible stop string, and white space that
-    may turn out to be the end.
+    may turn out to be the end (outer spaces are no part of an answer).
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
         self._tokenizer = tokenizer
         self._stop = stop
         self._stream = DecodeStream(skip_special_tokens=True)
+        self._tokens: list[int] = []
+        self._decoded = 0
         self._pending = ""
         self._begun = False
         self.stopped = False
@@ -26,17 +28,26 @@ class TextStream:
     def push(self, token: int) -> str:
         """Text that this token makes certain. ``stopped`` is set when a stop string is complete; the text before it
         has then been given out."""
-        self._pending += self._stream.step(self._tokenizer, token) or ""
-        places = [(self._pending.find(stop), stop) for stop in self._stop if stop in self._pending]
-        if places:
-            self._pending = self._pending[: min(places)[0]]
-            self.stopped = True
-            return self.finish()
+        self._tokens.append(token)
+        piece = self._stream.step(self._tokenizer, token) or ""
+        self._decoded += len(piece)
+        self._pending += piece
+        if self._cut_at_stop():
+            return self._take(len(self._pending.rstrip()))
         return self._take(len(self._pending) - self._held_back())
 
     def finish(self) -> str:
-        """What was held back, when no token follows."""
+        """What was held back, when no token follows; bytes that are no character as U+FFFD."""
+        self._pending += self._tokenizer.decode(self._tokens, skip_special_tokens=True)[self._decoded :]
+        self._cut_at_stop()
         return self._take(len(self._pending.rstrip()))
+
+    def _cut_at_stop(self) -> bool:
+        places = [self._pending.find(stop) for stop in self._stop if stop in self._pending]
+        if places:
+            self._pending = self._pending[: min(places)]
+            self.stopped = True
+        return self.stopped
 
     def _held_back(self) -> int:
         """Length of the end of the pending text that may still become part of a stop string, or outer space."""
