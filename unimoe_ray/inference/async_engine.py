@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections import deque
 from collections.abc import AsyncIterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from unimoe_ray.inference.engine import Engine
@@ -29,9 +29,8 @@ class AsyncEngine:
         self._wake = threading.Event()
         self._closing = False
         self._streams: dict[str, asyncio.Queue[Output]] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self._ended = self._thread.submit(self._run)
-        self._ended.add_done_callback(self._report_end)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Admitted | Output]:
         self.check()
@@ -59,44 +58,45 @@ class AsyncEngine:
         return self.engine.stats()
 
     def check(self) -> None:
-        if self._ended.done():
+        if not self._thread.is_alive():
             raise RuntimeError(STOPPED)
 
     def close(self) -> None:
         self._closing = True
         self._wake.set()
-        self._thread.shutdown()
+        self._thread.join()
 
     def _send(self, wish: Sequence | str) -> None:
         self._inbox.append(wish)
         self._wake.set()
 
     def _run(self) -> None:
-        while not self._closing:
-            self._wake.clear()
-            while self._inbox:
-                wish = self._inbox.popleft()
-                if isinstance(wish, str):
-                    self.engine.cancel(wish)
-                else:
-                    self.engine.add(wish)
-            outputs = self.engine.step()
-            if outputs:
-                self._loop.call_soon_threadsafe(self._deliver, outputs)
-            elif not self.engine.has_work:
-                self._wake.wait()
+        try:
+            while not self._closing:
+                self._wake.clear()
+                self._read_inbox()
+                if outputs := self.engine.step():
+                    self._loop.call_soon_threadsafe(self._deliver, outputs)
+                elif not self.engine.has_work:
+                    self._wake.wait()
+        finally:  # Nobody may wait for an engine that is gone, whatever ended it.
+            error = sys.exc_info()[1]
+            reason = STOPPED if error is None else f"{STOPPED}: {type(error).__name__}: {error}"
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._fail_all, reason)
+
+    def _read_inbox(self) -> None:
+        while self._inbox:
+            wish = self._inbox.popleft()
+            if isinstance(wish, str):
+                self.engine.cancel(wish)
+            else:
+                self.engine.add(wish)
 
     def _deliver(self, outputs: list[Output]) -> None:
         for output in outputs:
             if output.request_id in self._streams:
                 self._streams[output.request_id].put_nowait(output)
-
-    def _report_end(self, ended: Future) -> None:
-        """Nobody waits for an engine that is gone."""
-        error = ended.exception()
-        reason = STOPPED if error is None else f"{STOPPED}: {type(error).__name__}: {error}"
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._fail_all, reason)
 
     def _fail_all(self, reason: str) -> None:
         for request_id, queue in self._streams.items():
