@@ -74,6 +74,7 @@ def _environment(settings: Config) -> dict[str, str]:
     """What Ray and Serve read when they are imported or started."""
     variables = {
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy:middlewares",
         "RAY_metrics_report_interval_ms": "2000",
         # How soon a deployment that scaled to zero learns that somebody waits for it.
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",

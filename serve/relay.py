@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,12 @@ from ray.exceptions import (
     TaskCancelledError,
     WorkerCrashedError,
 )
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+    ReplicaUnavailableError,
+)
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from serve.cache import EmbeddingCache
@@ -77,7 +82,8 @@ class Relay:
             encoded: list[DeploymentResponse] = []
             try:
                 encoded = await self._encode(files, keys)
-                async with self._turn(LANGUAGE, alone), self._call(replace(task, alone=alone), encoded) as items:
+                generating = self._generate(replace(task, alone=alone), encoded)
+                async with self._turn(LANGUAGE, alone), aclosing(generating) as items:
                     async for item in items:
                         if isinstance(item, Started):
                             self._note_sizes(keys, item)
@@ -85,34 +91,24 @@ class Relay:
                         yield item
                 self._suspects.clear(key)
                 return
-            except LOST as error:
+            except (RayError, RayServeException) as error:
+                if not _is_loss(error):
+                    await self._raise_media_error(files, keys, encoded)
+                    raise self._api_error(error) from error
                 await self._find_cause(key, alone, keys, files, encoded, error)
-            except RayError as error:
-                await self._raise_media_error(files, keys, encoded)
-                raise self._api_error(error) from error
-            except DeploymentUnavailableError as error:
-                raise ApiError(503, "the model can't be reached", retry_after=self._retry_after_s) from error
-            except BackPressureError as error:
-                raise self._busy() from error
             if streaming and shown:
                 raise ApiError(503, "the answer broke off: the model's replica ended", code="replica_lost")
             self._metrics.retries.inc()
         raise ApiError(503, "the model's replicas keep ending; try again later", retry_after=self._retry_after_s)
 
-    @asynccontextmanager
-    async def _call(self, task: Task, encoded: list[DeploymentResponse]) -> AsyncIterator[AsyncIterator[Any]]:
+    async def _generate(self, task: Task, encoded: list[DeploymentResponse]) -> AsyncIterator[Started | Output]:
         """A call to the language model, cancelled when it is left before its end."""
         items = self._language.generate.remote(task, *encoded)
         ended = False
         try:
-
-            async def through() -> AsyncIterator[Any]:
-                nonlocal ended
-                async for item in items:
-                    yield item
-                ended = True
-
-            yield through()
+            async for item in items:
+                yield item
+            ended = True
         finally:
             if not ended:
                 items.cancel()
@@ -132,9 +128,7 @@ class Relay:
             return response
         async with self._turn(file.kind, alone=True):
             response = self._encoders[file.kind].encode.remote(replace(file, alone=True))
-            try:
-                await response
-            except LOST:
+            if (outcome := await _settled(response)) is not None and _is_loss(outcome):
                 self._suspects.crashed(key, alone=True)
                 self._refuse_crashers("", [key], [file])
             self._suspects.clear(key)
@@ -170,7 +164,7 @@ class Relay:
         lost = []
         for file, media_key, response in zip(files, keys, encoded, strict=False):
             outcome = await _outcome(response)
-            if isinstance(outcome, LOST):
+            if outcome is not None and _is_loss(outcome):
                 self._cache.drop(media_key, response)
                 self._suspects.crashed(media_key, alone=False)
                 lost.append(file.kind)
@@ -187,30 +181,32 @@ class Relay:
             outcome = await _outcome(response)
             if isinstance(outcome, Exception):
                 self._cache.drop(key, response)
-            if isinstance(outcome, MediaRefused):
-                raise ApiError(400, str(outcome.args[0]), file.name, "invalid_media") from None
+            cause = outcome.cause if isinstance(outcome, RayTaskError) else outcome
+            if isinstance(cause, MediaRefused):
+                raise ApiError(400, str(cause), file.name, "invalid_media") from None
 
     def _note_sizes(self, keys: list[str], started: Started) -> None:
         for key, nbytes in zip(keys, started.media_bytes, strict=True):
             self._cache.measured(key, nbytes)
 
-    def _busy(self) -> ApiError:
-        return ApiError(
-            429, "too many requests are waiting; try again later", code="busy", retry_after=self._retry_after_s
-        )
-
-    def _api_error(self, error: RayError) -> ApiError:
-        if isinstance(error, EngineBusy):
-            return self._busy()
-        if isinstance(error, RequestRefused):
-            return ApiError(400, str(error.args[0]), error.args[1], "invalid_value")
-        if isinstance(error, TaskCancelledError):
-            return ApiError(
-                503, "the answer was cancelled: the model is being replaced", retry_after=self._retry_after_s
-            )
-        logger.error(f"unexpected error of a deployment: {error}")
+    def _api_error(self, error: RayError | RayServeException) -> ApiError:
         cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, BackPressureError | EngineBusy):
+            message = "too many requests are waiting; try again later"
+            return ApiError(429, message, code="busy", retry_after=self._retry_after_s)
+        if isinstance(cause, RequestRefused):
+            return ApiError(400, cause.message, cause.param, "invalid_value")
+        if isinstance(cause, DeploymentUnavailableError):
+            return ApiError(503, "the model can't be reached", retry_after=self._retry_after_s)
+        if isinstance(cause, TaskCancelledError):
+            return ApiError(503, "the answer was cancelled by the server", retry_after=self._retry_after_s)
+        logger.error(f"unexpected error of a deployment: {error}")
         return ApiError(500, f"the model failed ({type(cause).__name__})")
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Serve wraps the loss of the encoder behind an argument, and names it as the cause."""
+    return isinstance(error, LOST) or isinstance(error.__cause__, LOST)
 
 
 async def _outcome(response: DeploymentResponse) -> Exception | None:
@@ -222,6 +218,6 @@ async def _outcome(response: DeploymentResponse) -> Exception | None:
 async def _settled(response: DeploymentResponse) -> Exception | None:
     try:
         await response
-    except (RayError, BackPressureError, DeploymentUnavailableError, MediaRefused) as error:
+    except (RayError, RayServeException) as error:
         return error
     return None

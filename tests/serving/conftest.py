@@ -53,6 +53,10 @@ class Endpoint:
                 continue
         return found
 
+    def engine(self) -> dict[str, float]:
+        """The language engine's own counters, asked of the running application."""
+        return requests.get(f"{self.url}/health", timeout=30).json()["engine"]
+
     def metric(self, name: str, **labels: str) -> float:
         """Sum of a metric's samples with these labels, as /metrics has it now (Ray reports every two seconds)."""
         pattern = re.compile(rf"^ray_unimoe_{name}{{(.*)}} (\S+)$", re.MULTILINE)

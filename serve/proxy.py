@@ -1,0 +1,120 @@
+"""What clients see when the ingress itself goes: middleware of Serve's HTTP proxy.
+
+Set by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.proxy:middlewares. Alone, the proxy answers a request whose
+ingress replica died with a bare 500, and cuts a stream without a word.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.errors import ApiError
+
+MAX_TRIES = 3
+# A larger request is not kept for a second try.
+MAX_KEPT_BYTES = 64 * 2**20
+RETRY_AFTER_S = 2
+
+
+def middlewares() -> list[Middleware]:
+    return [Middleware(SurviveIngress)]
+
+
+class SurviveIngress:
+    """A request that got no answer at all is sent again (nothing here has side effects); a stream that ends early ends
+    with an error event; errors in plain text, Serve's own, become errors as the OpenAI API writes them."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request = _Replayable(receive)
+        for _ in range(MAX_TRIES):
+            answer = _Answer(send)
+            await self.app(scope, request.receive, answer.send)
+            if answer.started or not request.rewind():
+                break
+        if not request.disconnected:
+            await answer.complete()
+
+
+class _Replayable:
+    """The messages of a request, which can be read again from the start."""
+
+    def __init__(self, receive: Receive):
+        self._receive = receive
+        self._kept: list[Message] = []
+        self._again: deque[Message] = deque()
+        self._size = 0
+        self.disconnected = False
+
+    async def receive(self) -> Message:
+        if self._again:
+            return self._again.popleft()
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self.disconnected = True
+        else:
+            self._size += len(message.get("body", b""))
+            self._kept = [*self._kept, message] if self._size <= MAX_KEPT_BYTES else []
+        return message
+
+    def rewind(self) -> bool:
+        """False when there is nobody to answer, or not everything was kept."""
+        self._again = deque(self._kept)
+        return not self.disconnected and self._size <= MAX_KEPT_BYTES
+
+
+class _Answer:
+    """Passes an answer on; knows whether it began, what it is, and whether it came to its end."""
+
+    def __init__(self, send: Send):
+        self._send = send
+        self._start: Message | None = None  # held back: of an error in plain text, which is written anew
+        self._text = b""
+        self._is_stream = False
+        self.started = False
+        self._ended = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            kind = Headers(raw=message["headers"]).get("content-type", "")
+            self._is_stream = kind.startswith("text/event-stream")
+            if message["status"] >= 400 and kind.startswith("text/plain"):
+                self._start = message
+                return
+        elif message["type"] == "http.response.body":
+            self._ended = not message.get("more_body", False)
+            if self._start is not None:
+                self._text += message.get("body", b"")
+                if self._ended:
+                    await self._write_error(self._start["status"], self._text.decode("utf-8", "replace")[:500])
+                return
+        await self._send(message)
+
+    async def complete(self) -> None:
+        """Say what the ingress could not."""
+        if not self.started:
+            await self._write_error(503, "the server's ingress ended; try again")
+        elif not self._ended and self._is_stream:
+            error = ApiError(503, "the answer broke off: the server's ingress ended", code="replica_lost")
+            event = f"data: {json.dumps(error.body())}\n\n".encode()
+            await self._send({"type": "http.response.body", "body": event, "more_body": False})
+
+    async def _write_error(self, status: int, message: str) -> None:
+        retry: dict[str, Any] = {"retry_after": RETRY_AFTER_S} if status in (429, 503) else {}
+        error = ApiError(status, message, **retry)
+        headers = {"content-type": "application/json"} | error.headers()
+        raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+        await self._send({"type": "http.response.body", "body": json.dumps(error.body()).encode(), "more_body": False})

@@ -1,0 +1,178 @@
+"""Replicas killed with signal 9 under light load: no request hangs, no answer is wrong, only the stated errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from tests.serving.conftest import Endpoint, serve_run
+from tests.serving.media import image, png, sound, text, wav
+
+STATED = {400, 429, 503, 504}
+LONG = {"max_completion_tokens": 300, "stop": ["~~~~"]}
+
+
+@pytest.fixture(scope="module")
+def fragile(servable_run) -> Iterator[Endpoint]:
+    """Its own endpoint; the speech encoder goes when nobody needs it."""
+    goes = ["min_replicas=0", "initial_replicas=0", "downscale_delay_s=1", "look_back_period_s=2", "upscale_delay_s=0"]
+    overrides = [*(f"serving.speech.{setting}" for setting in goes), "serving.limits.request_seconds=120"]
+    yield from serve_run(servable_run, *overrides)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> float:
+    """Seconds until it holds; fails when it does not."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds, f"not within {seconds} s"
+        time.sleep(0.2)
+    return time.monotonic() - started
+
+
+def kill(endpoint: Endpoint, deployment: str) -> int:
+    (replica, *_) = endpoint.replicas(deployment)
+    os.kill(replica.pid, signal.SIGKILL)
+    return replica.pid
+
+
+def replaced(endpoint: Endpoint, deployment: str, pid: int) -> bool:
+    return any(replica.pid != pid for replica in endpoint.replicas(deployment))
+
+
+def answer(endpoint: Endpoint, content, **rest) -> tuple[int, str]:
+    reply = endpoint.chat(content, **rest)
+    if reply.status_code == 200:
+        return 200, reply.json()["choices"][0]["message"]["content"]
+    return reply.status_code, reply.json()["error"]["message"]
+
+
+def stream(endpoint: Endpoint, content, begun: threading.Event, **rest) -> tuple[str, str | None, bool]:
+    """(text, error message or None, whether it ended with [DONE]) of a streamed answer; ``begun`` is set by its text."""
+    reply = endpoint.chat(content, stream=True, **rest)
+    if reply.status_code != 200:
+        assert reply.status_code in STATED
+        return "", reply.json()["error"]["message"], False
+    told, error, done = "", None, False
+    for line in reply.iter_lines():
+        if not line:
+            continue
+        payload = line.decode().removeprefix("data: ")
+        if payload == "[DONE]":
+            done = True
+        elif "error" in (event := json.loads(payload)):
+            error = event["error"]["message"]
+        else:
+            told += "".join(choice["delta"].get("content", "") for choice in event["choices"])
+            if told:
+                begun.set()
+    return told, error, done
+
+
+def under_load(jobs: list[Callable], then: Callable, when: Callable[[], object]) -> list:
+    """Results of all jobs, in order, begun together; ``then`` is done when ``when`` returns."""
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        futures = [pool.submit(job) for job in jobs]
+        when()
+        then()
+        return [future.result(timeout=150) for future in futures]
+
+
+QUESTIONS = [f"what is this? number {number}" for number in range(6)]
+
+
+def test_the_language_model_dies(fragile):
+    """Whole answers start again; a stream that has begun ends with an error event after a right beginning."""
+    right = {question: answer(fragile, question, **LONG) for question in QUESTIONS}
+    assert all(status == 200 for status, _ in right.values())
+    jobs = [lambda q=q: answer(fragile, q, **LONG) for q in QUESTIONS]
+    begun = threading.Event()
+    jobs += [lambda q=q: stream(fragile, q, begun, **LONG) for q in QUESTIONS]
+    pids: list[int] = []
+    results = under_load(jobs, lambda: pids.append(kill(fragile, "language")), lambda: begun.wait(60))
+    assert results[: len(QUESTIONS)] == [right[question] for question in QUESTIONS]
+    broken = 0
+    for question, (told, error, done) in zip(QUESTIONS, results[len(QUESTIONS) :], strict=True):
+        assert right[question][1].startswith(told.rstrip("\ufffd")) if error else told == right[question][1]
+        assert done == (error is None)
+        broken += error is not None
+    assert broken, "the kill came too late to break a stream"
+    wait_for(lambda: replaced(fragile, "language", pids[0]), 60)
+    assert answer(fragile, QUESTIONS[0], **LONG) == right[QUESTIONS[0]]
+
+
+@pytest.mark.parametrize("deployment", ["image", "audio"])
+def test_an_encoder_dies(fragile, deployment):
+    make = (lambda seed: image(png(seed, 900))) if deployment == "image" else (lambda seed: sound(wav(seed, 20.0)))
+    contents = [[make(seed), text("what is this?")] for seed in range(8)]
+    pids: list[int] = []
+    jobs = [lambda c=c: answer(fragile, c) for c in contents]
+    results = under_load(jobs, lambda: pids.append(kill(fragile, deployment)), lambda: time.sleep(0.15))
+    assert {status for status, _ in results} == {200}, results
+    wait_for(lambda: replaced(fragile, deployment, pids[0]), 60)
+    fresh = [[make(seed), text("what is this?")] for seed in range(8)]
+    assert [answer(fragile, content) for content in fresh] == results
+
+
+def test_the_ingress_dies(fragile):
+    right = {question: answer(fragile, question, **LONG) for question in QUESTIONS}
+    jobs = [lambda q=q: answer(fragile, q, **LONG) for q in QUESTIONS]
+    begun = threading.Event()
+    jobs += [lambda q=q: stream(fragile, q, begun, **LONG) for q in QUESTIONS]
+    results = under_load(jobs, lambda: kill(fragile, "ingress"), lambda: begun.wait(60))
+    for question, (status, told) in zip(QUESTIONS, results[: len(QUESTIONS)], strict=True):
+        assert (status, told) == right[question] or status in STATED
+    for question, (told, error, done) in zip(QUESTIONS, results[len(QUESTIONS) :], strict=True):
+        assert right[question][1].startswith(told.rstrip("\ufffd")) if error else told == right[question][1]
+        assert done == (error is None)
+    wait_for(lambda: requests.get(f"{fragile.url}/health", timeout=30).status_code == 200, 60)
+    assert answer(fragile, QUESTIONS[0], **LONG) == right[QUESTIONS[0]]
+
+
+def test_a_client_that_leaves_frees_its_slot_within_a_second(fragile):
+    """The engine's own counters tell when."""
+
+    def engine() -> dict:
+        return fragile.engine()
+
+    before = engine()
+    reply = fragile.chat("tell me", stream=True, max_completion_tokens=480, temperature=1.0, seed=1, stop=["~~~~"])
+    lines = reply.iter_lines()
+    for _ in range(3):
+        next(lines)
+    assert engine()["running"] == 1
+    reply.close()
+    left = wait_for(lambda: engine()["running"] == 0, 10)
+    after = engine()
+    assert left < 1.0, f"the slot was free after {left:.2f} s"
+    assert after["cancelled"] == before["cancelled"] + 1 and after["kv_tokens_used"] == 0
+
+
+def test_an_encoder_comes_and_goes_without_a_failed_request(fragile):
+    assert not fragile.replicas("speech")
+    contents = [[sound(wav(100 + seed), "speech"), text("what is this?")] for seed in range(4)]
+    results = under_load([lambda c=c: answer(fragile, c) for c in contents], lambda: None, lambda: None)
+    assert {status for status, _ in results} == {200}
+    assert len(fragile.replicas("speech")) >= 1
+    wait_for(lambda: not fragile.replicas("speech"), 60)
+    # What was encoded before is there without it; new sounds bring it back.
+    assert [answer(fragile, content) for content in contents] == results
+    assert not fragile.replicas("speech")
+    assert answer(fragile, [sound(wav(200), "speech"), text("and this?")])[0] == 200
+
+
+def test_nothing_is_left_running_and_nothing_was_printed(fragile):
+    """After all that, the log holds the addresses and no traceback."""
+    printed = "".join(fragile.log)
+    assert "Traceback" not in printed and "page" in printed
+    assert psutil.Process(fragile.process.pid).is_running()
+    assert Path(fragile.run.config.run_dir).is_dir()

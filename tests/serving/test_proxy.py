@@ -1,0 +1,129 @@
+"""The proxy's middleware, around small ASGI applications that behave as Serve's proxy does when an ingress dies."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from serve.proxy import MAX_TRIES, SurviveIngress
+
+START = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+
+
+def body(data: bytes, more: bool = False) -> dict:
+    return {"type": "http.response.body", "body": data, "more_body": more}
+
+
+def ask(app, *messages: dict) -> list[dict]:
+    """Messages that the client gets for a request in two pieces (or the messages given)."""
+    pieces = messages or (
+        {"type": "http.request", "body": b"one ", "more_body": True},
+        {"type": "http.request", "body": b"two", "more_body": False},
+    )
+    waiting, sent = iter(pieces), []
+
+    async def receive() -> dict:
+        for message in waiting:
+            return message
+        await asyncio.Event().wait()
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    asyncio.run(SurviveIngress(app)({"type": "http"}, receive, send))
+    return sent
+
+
+async def read_all(receive) -> bytes:
+    data, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return data
+        data, more = data + message["body"], message["more_body"]
+    return data
+
+
+def error_of(message: dict) -> dict:
+    return json.loads(message["body"])["error"]
+
+
+def test_an_ordinary_answer_passes_through():
+    async def app(scope, receive, send):
+        await send(START)
+        await send(body(await read_all(receive), more=True))
+        await send(body(b"end"))
+
+    assert ask(app) == [START, body(b"one two", more=True), body(b"end")]
+
+
+def test_a_request_without_any_answer_is_sent_again_whole():
+    tries = []
+
+    async def app(scope, receive, send):
+        tries.append(await read_all(receive))
+        if len(tries) == 2:
+            await send(START)
+            await send(body(b"answer"))
+
+    assert ask(app) == [START, body(b"answer")]
+    assert tries == [b"one two"] * 2
+
+
+def test_a_request_that_never_gets_an_answer_is_a_503():
+    tries = []
+
+    async def app(scope, receive, send):
+        tries.append(await read_all(receive))
+
+    start, text = ask(app)
+    assert len(tries) == MAX_TRIES
+    assert start["status"] == 503 and (b"retry-after", b"2") in start["headers"]
+    assert error_of(text)["type"] == "server_error"
+
+
+def test_a_client_that_left_is_not_asked_for():
+    tries = []
+
+    async def app(scope, receive, send):
+        tries.append(await read_all(receive))
+
+    assert ask(app, {"type": "http.disconnect"}) == []
+    assert len(tries) == 1
+
+
+def test_a_stream_cut_short_ends_with_an_error_event():
+    async def app(scope, receive, send):
+        await send(START)
+        await send(body(b"data: 1\n\n", more=True))
+
+    *passed, last = ask(app)
+    assert passed == [START, body(b"data: 1\n\n", more=True)]
+    assert last["more_body"] is False and last["body"].startswith(b"data: ") and last["body"].endswith(b"\n\n")
+    assert json.loads(last["body"][6:])["error"]["code"] == "replica_lost"
+
+
+@pytest.mark.parametrize(("status", "retry"), [(404, False), (503, True), (429, True)])
+def test_errors_in_plain_text_become_json(status, retry):
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+        await send(body(b"Request dropped ", more=True))
+        await send(body(b"due to backpressure"))
+
+    start, text = ask(app)
+    assert start["status"] == status and (b"content-type", b"application/json") in start["headers"]
+    assert any(name == b"retry-after" for name, _ in start["headers"]) == retry
+    assert error_of(text)["message"] == "Request dropped due to backpressure"
+
+
+def test_a_large_request_is_not_kept(monkeypatch):
+    monkeypatch.setattr("serve.proxy.MAX_KEPT_BYTES", 5)
+    tries = []
+
+    async def app(scope, receive, send):
+        tries.append(await read_all(receive))
+
+    start, _ = ask(app)
+    assert tries == [b"one two"] and start["status"] == 503
