@@ -47,16 +47,19 @@ class LanguageModel:
         sample = Sample("", "", task.turns, tuple(Media(kind, ()) for kind in task.kinds), {})
         ids = encode_prompt(sample, self._tokenizer)
         request = GenerationRequest(task.request_id, ids, list(soft_tokens), task.params, task.alone)
-        tokens = 0
-        async with aclosing(self._running().generate(request)) as items:
-            async for item in items:
-                if isinstance(item, Admitted):
-                    sizes = tuple(values.nbytes for values in soft_tokens)
-                    yield Started(item.prompt_tokens, sizes, self._experts)
-                else:
-                    tokens += len(item.token_ids)
-                    yield item
-        logger.info(f"generated {tokens} tokens")
+        tokens, ended = 0, False
+        try:
+            async with aclosing(self._running().generate(request)) as items:
+                async for item in items:
+                    if isinstance(item, Admitted):
+                        sizes = tuple(values.nbytes for values in soft_tokens)
+                        yield Started(item.prompt_tokens, sizes, self._experts)
+                    else:
+                        tokens += len(item.token_ids)
+                        yield item
+            ended = True
+        finally:
+            logger.info(f"generated {tokens} tokens" if ended else f"left after {tokens} tokens: the slot is free")
 
     async def ready(self) -> dict:
         """Counters and gauges of the engine. Raises RuntimeError when it no longer runs."""

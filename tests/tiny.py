@@ -141,9 +141,9 @@ def make_servable_run(root: Path, **changes) -> TinyRun:
     torch.manual_seed(0)
     model = info.build()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "o_proj" in name or "down_proj" in name or "projection" in name:
-                parameter.mul_(8)
+        for parameter in model.language.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.5)
     model.match_text_rms()
     save_start(run, model, "tune", "tune")
     return run

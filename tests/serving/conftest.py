@@ -39,7 +39,9 @@ class Endpoint:
         """POST /v1/chat/completions with one user message (or the list of all), greedy unless told otherwise."""
         messages = content if isinstance(content, list) and "role" in content[0] else [_user(content)]
         body = {"model": self.model, "messages": messages, "temperature": 0, "max_completion_tokens": 8} | rest
-        return requests.post(f"{self.url}/v1/chat/completions", json=body, timeout=120, stream=body.get("stream", False))
+        return requests.post(
+            f"{self.url}/v1/chat/completions", json=body, timeout=120, stream=body.get("stream", False)
+        )
 
     def replicas(self, deployment: str) -> list[psutil.Process]:
         """Processes of a deployment's replicas."""
@@ -52,10 +54,6 @@ class Endpoint:
             except psutil.NoSuchProcess:
                 continue
         return found
-
-    def engine(self) -> dict[str, float]:
-        """The language engine's own counters, asked of the running application."""
-        return requests.get(f"{self.url}/health", timeout=30).json()["engine"]
 
     def metric(self, name: str, **labels: str) -> float:
         """Sum of a metric's samples with these labels, as /metrics has it now (Ray reports every two seconds)."""

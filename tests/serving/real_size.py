@@ -1,0 +1,60 @@
+"""An application whose embeddings have the sizes of the 7B model, for ``test_real_size.py``: in a process of its own,
+because Serve reads its mode from the environment when it is imported.
+
+    python -m tests.serving.real_size RUN_FOLDER PORT
+
+The ingress, the language model and all that is between them are the real ones. Encoders are stand-ins that return
+what CLIP with its projector (576 x 4096) and a sound of 20 windows (20 x 50 x 4096) would, in fp16.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+
+from serve.app import deployment_options
+from serve.calls import MediaFile
+from serve.ingress import Ingress
+from serve.language import LanguageModel
+from unimoe_ray import config
+from unimoe_ray.evaluation.evaluate import final_model
+
+SHAPES = {"image": (576, 4096), "video": (576, 4096), "audio": (1000, 4096), "speech": (1000, 4096)}
+
+
+class StandIn:
+    """The same array for the same bytes."""
+
+    async def encode(self, file: MediaFile) -> np.ndarray:
+        rng = np.random.default_rng(int.from_bytes(file.data[:4]))
+        return (0.1 * rng.standard_normal(SHAPES[file.kind], dtype=np.float32)).astype(np.float16)
+
+
+def main(run: Path, port: int) -> None:
+    settings = config.load_run(run)
+    tree, folder = settings.model_dump(mode="json"), str(final_model(settings))
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=400 * 2**20)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
+    encoder = serve.deployment(**deployment_options("encoder", settings.serving.image))(StandIn).bind()
+    language = serve.deployment(**deployment_options("language", settings.serving.language))(LanguageModel)
+    ingress = serve.deployment(**deployment_options("ingress", settings.serving.ingress))(Ingress)
+    handles = dict.fromkeys(SHAPES, encoder)
+    serve.run(
+        ingress.bind(tree["serving"], settings.name, "speech", "any", handles, language.bind(tree, folder)),
+        name=settings.name,
+    )
+    print("ready", flush=True)
+    sys.stdin.read()
+    serve.delete(settings.name)
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
