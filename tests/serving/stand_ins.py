@@ -1,15 +1,18 @@
-"""An application whose embeddings have the sizes of the 7B model, for ``test_real_size.py``: in a process of its own,
-because Serve reads its mode from the environment when it is imported.
+"""An application for ``test_stand_ins.py``: in a process of its own, because Serve reads its mode from the environment
+when it is imported.
 
-    python -m tests.serving.real_size RUN_FOLDER PORT
+    python -m tests.serving.stand_ins RUN_FOLDER PORT
 
-The ingress, the language model and all that is between them are the real ones. Encoders are stand-ins that return
-what CLIP with its projector (576 x 4096) and a sound of 20 windows (20 x 50 x 4096) would, in fp16.
+The ingress, the language model and all that is between them are the real ones. The encoder is a stand-in: its arrays
+have the sizes of the 7B model's in fp16 (CLIP with its projector: 576 x 4096, a sound of 20 windows: 1000 x 4096), and
+some bytes crash it. A line ``redeploy`` on standard input replaces the application by one with other settings.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -23,25 +26,26 @@ from serve.calls import MediaFile
 from serve.ingress import Ingress
 from serve.language import LanguageModel
 from unimoe_ray import config
+from unimoe_ray.config import Config
 from unimoe_ray.evaluation.evaluate import final_model
 
 SHAPES = {"image": (576, 4096), "video": (576, 4096), "audio": (1000, 4096), "speech": (1000, 4096)}
+DEADLY = b"kills the encoder"
 
 
 class StandIn:
     """The same array for the same bytes."""
 
     async def encode(self, file: MediaFile) -> np.ndarray:
+        await asyncio.sleep(0.2)  # others come in meanwhile, and go down with it
+        if file.data.startswith(DEADLY):
+            os._exit(1)
         rng = np.random.default_rng(int.from_bytes(file.data[:4]))
         return (0.1 * rng.standard_normal(SHAPES[file.kind], dtype=np.float32)).astype(np.float16)
 
 
-def main(run: Path, port: int) -> None:
-    settings = config.load_run(run)
+def deploy(settings: Config) -> None:
     tree, folder = settings.model_dump(mode="json"), str(final_model(settings))
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=400 * 2**20)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
     encoder = serve.deployment(**deployment_options("encoder", settings.serving.image))(StandIn).bind()
     language = serve.deployment(**deployment_options("language", settings.serving.language))(LanguageModel)
     ingress = serve.deployment(**deployment_options("ingress", settings.serving.ingress))(Ingress)
@@ -51,7 +55,17 @@ def main(run: Path, port: int) -> None:
         name=settings.name,
     )
     print("ready", flush=True)
-    sys.stdin.read()
+
+
+def main(run: Path, port: int) -> None:
+    settings = config.load_run(run)
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=400 * 2**20)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
+    deploy(settings)
+    for _ in sys.stdin:
+        settings.serving.engine.max_running += 1
+        deploy(settings)
     serve.delete(settings.name)
     ray.shutdown()
 

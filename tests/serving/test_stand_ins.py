@@ -1,0 +1,154 @@
+"""What needs an encoder that behaves as told, in Serve's default and in its throughput mode.
+
+The throughput mode sends what is passed by value over gRPC, whose messages end at 4 MiB: an image of the 7B model is
+4.7 MB, a sound of 20 windows 8.2 MB.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+import requests
+
+from tests.serving.conftest import ROOT, free_port
+from tests.serving.media import image, sound, text
+from tests.serving.stand_ins import DEADLY
+from tests.tiny import TinyRun, make_servable_run
+
+MODES = {
+    "default": {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy:middlewares"},
+    "throughput": {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # else every end takes 30 s
+    },
+}
+IMAGE_TOKENS, SOUND_TOKENS = 576, 1000
+QUESTION = text("what is this?")
+both_modes = pytest.mark.parametrize("app", MODES, indirect=True)
+the_other_slow = pytest.mark.parametrize(
+    "app", ["default", pytest.param("throughput", marks=pytest.mark.slow)], indirect=True
+)
+
+
+@dataclass
+class StandIns:
+    url: str
+    model: str
+    process: subprocess.Popen
+    printed: list[str]
+
+    def post(self, *parts: dict, **rest) -> requests.Response:
+        body = {"model": self.model, "messages": [{"role": "user", "content": list(parts)}], "temperature": 0}
+        body |= {"max_completion_tokens": 3} | rest
+        return requests.post(f"{self.url}/v1/chat/completions", json=body, timeout=120)
+
+    def ask(self, *parts: dict, **rest) -> dict:
+        reply = self.post(*parts, **rest)
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+    def wait_until_ready(self) -> None:
+        for line in self.process.stdout:
+            self.printed.append(line)
+            if line == "ready\n":
+                return
+        pytest.fail("".join(self.printed))
+
+
+@pytest.fixture(scope="module")
+def wide_run(tmp_path_factory) -> TinyRun:
+    """One layer of the 7B model's width; everything else as small as it goes."""
+    language = {"hidden_size": 4096, "intermediate_size": 16, "num_layers": 1, "num_heads": 32, "num_kv_heads": 1}
+    return make_servable_run(
+        tmp_path_factory.mktemp("wide"),
+        model={"language": language | {"max_positions": 4096}},
+        serving={"engine": {"kv_tokens": 16384}},
+    )
+
+
+@pytest.fixture(scope="module")
+def app(request, wide_run) -> Iterator[StandIns]:
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.serving.stand_ins", str(wide_run.config.run_dir), str(port)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | MODES[request.param],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    running = StandIns(f"http://127.0.0.1:{port}", wide_run.config.name, process, [])
+    try:
+        running.wait_until_ready()
+        yield running
+    finally:
+        process.stdin.close()
+        process.wait(60)
+
+
+@both_modes
+def test_embeddings_of_the_real_size(app):
+    plain = app.ask(QUESTION)["usage"]["prompt_tokens"]
+    assert app.ask(image(b"\0\0\0\1"), QUESTION)["usage"]["prompt_tokens"] == plain + IMAGE_TOKENS
+    assert app.ask(sound(b"\0\0\0\2"), QUESTION)["usage"]["prompt_tokens"] == plain + SOUND_TOKENS
+    both = [image(b"\0\0\0\3"), image(b"\0\0\0\1"), sound(b"\0\0\0\2", "speech"), QUESTION]
+    first = app.ask(*both)
+    assert first["usage"]["prompt_tokens"] == plain + 2 * IMAGE_TOKENS + SOUND_TOKENS
+    assert app.ask(*both)["choices"] == first["choices"]
+
+
+@the_other_slow
+def test_a_file_that_crashes_its_encoder_is_refused_after_the_second_time(app):
+    """Those that were in the encoder with it are suspected, run alone, and answered."""
+    innocent = [image(bytes([0, 0, 1, n])) for n in range(4)]
+    with ThreadPoolExecutor(6) as pool:
+        waiting = [pool.submit(app.post, part, QUESTION) for part in innocent[:2]]
+        deadly = pool.submit(app.post, image(DEADLY), QUESTION)
+        waiting += [pool.submit(app.post, part, QUESTION) for part in innocent[2:]]
+        refused = deadly.result()
+        answers = [answer.result() for answer in waiting]
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert error["code"] == "crashes" and error["param"] == "messages.0.content.0"
+    assert error["message"] == "messages.0.content.0: this file has crashed its encoder twice"
+    assert [answer.status_code for answer in answers] == [200] * 4
+    # From now on it does not reach the encoder.
+    again = app.post(text("look:"), image(DEADLY))
+    assert again.status_code == 400 and again.elapsed.total_seconds() < 1
+    assert app.post(image(DEADLY + b" in another way"), QUESTION).status_code == 400
+    assert app.ask(innocent[0], QUESTION)["choices"] == answers[0].json()["choices"]
+
+
+@the_other_slow
+def test_a_redeployment_drops_no_request(app):
+    """Long answers are under way and short ones keep coming while every deployment that changed is replaced."""
+    right = app.ask(QUESTION, max_completion_tokens=500)["choices"]
+    short = app.ask(QUESTION)["choices"]
+    done = threading.Event()
+
+    def keep_asking() -> list[requests.Response]:
+        answers = []
+        while not done.is_set():
+            answers.append(app.post(QUESTION))
+        return answers
+
+    with ThreadPoolExecutor(4) as pool:
+        long = [pool.submit(app.post, QUESTION, max_completion_tokens=500) for _ in range(3)]
+        asking = pool.submit(keep_asking)
+        app.process.stdin.write("redeploy\n")
+        app.process.stdin.flush()
+        app.wait_until_ready()
+        done.set()
+        answers = asking.result()
+        assert [answer.result().json().get("choices") for answer in long] == [right] * 3
+    assert {answer.status_code for answer in answers} == {200} and len(answers) > 3
+    assert all(answer.json()["choices"] == short for answer in answers)
