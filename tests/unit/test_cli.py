@@ -4,6 +4,7 @@ import io
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-import torch
 import yaml
 from PIL import Image
 
@@ -19,14 +19,10 @@ from tests.tiny import TinyRun, make_servable_run, save_start, tiny_config
 from unimoe_ray import config as configuration
 from unimoe_ray.chat import Conversation
 from unimoe_ray.cli import main
-from unimoe_ray.config.model import MODALITIES
-from unimoe_ray.data.features import TOWER_OF
 from unimoe_ray.data.prompt import plain_text
 from unimoe_ray.data.schema import PLACEHOLDER, Media
-from unimoe_ray.data.tokenizer import train_tokenizer
 from unimoe_ray.errors import UnimoeError, UsageError
 from unimoe_ray.evaluation.evaluate import final_model
-from unimoe_ray.mini import source as mini
 from unimoe_ray.pipeline import open_run
 from unimoe_ray.training.checkpoint import ModelInfo
 
@@ -117,14 +113,14 @@ def test_dry_run_prints_the_resolved_configuration(capsys, tmp_path, monkeypatch
 
 def test_version_and_help(capsys):
     assert prints(capsys, "--version").strip().count(".") == 2
-    for command in ("prepare", "train", "eval", "chat", "report", "doctor"):
+    for command in ("prepare", "train", "eval", "chat", "serve", "report", "doctor"):
         assert command in prints(capsys, command, "--help")
 
 
 # Run folders
 
 
-@pytest.mark.parametrize("command", ["eval", "chat", "report"])
+@pytest.mark.parametrize("command", ["eval", "chat", "report", "serve"])
 def test_a_missing_run_folder(capsys, tmp_path, command):
     code, line = fails(capsys, command, tmp_path / "gone", *(["hello"] if command == "chat" else []))
     assert code == 1 and line.startswith(f"{tmp_path / 'gone'}: no such run folder")
@@ -138,8 +134,9 @@ def test_a_damaged_configuration_in_the_run_folder(capsys, tmp_path):
 def test_a_run_without_a_model(capsys, tmp_path):
     settings = tiny_config(tmp_path)
     with open_run(settings) as folder:
-        code, line = fails(capsys, "chat", folder, "hello")
-    assert code == 1 and "no finished model" in line and "unimoe train all" in line
+        for command in (["chat", folder, "hello"], ["serve", folder], ["serve", folder, "--write-config", "x.yaml"]):
+            code, line = fails(capsys, *command)
+            assert code == 1 and "no finished model" in line and "unimoe train all" in line
 
 
 def test_a_run_folder_is_held_by_one_command(tmp_path):
@@ -160,6 +157,42 @@ def test_a_full_disk_is_one_line(capsys, tmp_path, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert found == (1, f"{tmp_path / 'full'}: File too large")
+
+
+# The endpoint
+
+
+def test_serve_settings_and_their_config_file(capsys, run, tmp_path):
+    folder = run.config.run_dir
+    shown = yaml.safe_load(prints(capsys, "serve", folder, "--port", 9001, "serving.image.min_replicas=0", "--dry-run"))
+    assert (shown["serving"]["port"], shown["serving"]["image"]["min_replicas"]) == (9001, 0)
+    path = tmp_path / "serve.yaml"
+    assert prints(capsys, "serve", folder, "--host", "0.0.0.0", "--write-config", path).strip() == str(path)
+    written = yaml.safe_load(path.read_text())
+    assert written["http_options"] == {"host": "0.0.0.0", "port": 8000}
+    assert written["applications"][0]["args"]["run"] == str(folder.resolve())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["serving.prot=1"], "unknown key 'serving.prot'; did you mean 'serving.port'?"),
+        (["--port", "70000"], "serving.port is 70000: Input should be less than or equal to 65535"),
+        (["serving.speech.max_replicas=0"], "serving.speech.max_replicas is 0: "),
+    ],
+)
+def test_mistakes_in_serve_settings(capsys, run, arguments, line):
+    code, found = fails(capsys, "serve", run.config.run_dir, *arguments)
+    assert code == 2 and found.startswith(line)
+
+
+def test_a_port_in_use_is_one_line(capsys, run):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, line = fails(capsys, "serve", run.config.run_dir, "--port", port)
+    assert (code, line) == (1, f"port {port} is in use on this machine; give another one with --port")
 
 
 # Conversations

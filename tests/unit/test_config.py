@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from tests.tiny import tiny_config
-from unimoe_ray.config import Config, dump, load, parse
+from unimoe_ray.config import Config, dump, load, load_run, parse
 from unimoe_ray.config.model import MoEConfig
 from unimoe_ray.config.training import TrainRun
-from unimoe_ray.errors import UsageError
+from unimoe_ray.errors import UnimoeError, UsageError
 
 RUN = {"steps": 1, "tasks": {"a": 1}, "train": {"language": 1e-3}}
 
@@ -163,3 +163,36 @@ def test_several_align_runs_may_not_share_a_connector():
     align["audio"]["train"]["connector.image.projection"] = 1e-3
     with pytest.raises(UsageError, match="connector.image is trained by both 'image' and 'audio' of align"):
         parse({"stages": {"align": align}})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("serving.port=0", "serving.port is 0: Input should be greater than or equal to 1"),
+        ("serving.enigne.max_running=2", "unknown key 'serving.enigne'; did you mean 'serving.engine'"),
+        ("serving.image.min_replicas=3", r"min_replicas \(3\) is above max_replicas \(2\)"),
+        ("serving.audio.initial_replicas=9", r"initial_replicas \(9\) is not between"),
+        ("serving.language.min_replicas=0", "language.min_replicas is 0; allowed: from 1"),
+        ("serving.engine.kv_tokens=0", "serving.engine.kv_tokens is 0: allowed: 'auto' or a number from 1"),
+        ("serving.media_hosts=[https://example.org]", "'https://example.org' is not a host"),
+        ("serving.model_name='two words'", "serving.model_name is 'two words'"),
+    ],
+)
+def test_mistakes_in_the_serving_settings(override, message):
+    with pytest.raises(UsageError, match=message):
+        load("mini", [override])
+
+
+def test_a_run_is_loaded_where_it_lies_with_changes_at_any_depth(tmp_path):
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump(load("mini", ["serving.engine.max_running=3", "seed=5"])))
+    settings = load_run(folder, ["serving.port=9000"], {"serving": {"engine": {"kv_tokens": 77}}})
+    assert (settings.name, settings.runs_dir, settings.seed) == ("moved", str(tmp_path), 5)
+    assert (settings.serving.port, settings.serving.engine.max_running, settings.serving.engine.kv_tokens) == (
+        9000,
+        3,
+        77,
+    )
+    with pytest.raises(UnimoeError, match="no such run folder"):
+        load_run(tmp_path / "gone")

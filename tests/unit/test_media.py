@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unimoe_ray.data.media import SAMPLE_RATE, BadMedia, load_audio, load_image, load_video, pick_frames
+from unimoe_ray.data.media import SAMPLE_RATE, BadMedia, MediaBytes, load_audio, load_image, load_video, pick_frames
 
 
 def tone(rate: int, seconds: float, hertz: float = 440.0) -> np.ndarray:
@@ -247,3 +247,69 @@ def test_damaged_files_are_read_or_refused(whole_files, tmp_path_factory, kind, 
             assert str(path) in str(error) and "\n" not in str(error)
 
     check()
+
+
+# Media from memory, and formats that reach beyond themselves
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.wav", "a.mp3", "a.mp4"])
+def test_bytes_are_read_as_the_file_is(tmp_path, name):
+    path = tmp_path / name
+    rng = np.random.default_rng(0)
+    if name == "a.png":
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(path)
+        read = load_image
+    elif name == "a.wav":
+        soundfile.write(path, rng.normal(0, 0.1, 9000), 22_050)
+        read = load_audio
+    else:
+        with av.open(str(path), "w") as container:
+            if name == "a.mp3":
+                stream = container.add_stream("mp3", rate=16_000)
+                frame = av.AudioFrame.from_ndarray(rng.normal(0, 0.1, (1, 1152)).astype(np.float32), "fltp", "mono")
+                frame.sample_rate = 16_000
+            else:
+                stream = container.add_stream("mpeg4", rate=8)
+                stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+                frame = av.VideoFrame.from_ndarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8), format="rgb24")
+            container.mux([*stream.encode(frame), *stream.encode()])
+        read = load_audio if name == "a.mp3" else (lambda source: load_video(source, 2)[0])
+    np.testing.assert_array_equal(np.asarray(read(MediaBytes(path.read_bytes(), "part 1"))), np.asarray(read(path)))
+
+
+def test_the_name_of_media_in_memory_is_in_the_reason():
+    for read in (load_image, load_audio, lambda source: load_video(source, 2)):
+        with pytest.raises(BadMedia, match="^messages.0.content.1: "):
+            read(MediaBytes(b"no media at all", "messages.0.content.1"))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".m3u8", ".wav"])
+def test_a_playlist_does_not_open_what_it_names(tmp_path, suffix):
+    """The decoder would read a file of this machine, or a URL in its network."""
+    secret = tmp_path / "secret.mp4"
+    with av.open(str(secret), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        black = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+        container.mux([*stream.encode(black), *stream.encode()])
+    playlists = (
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{secret}\n#EXT-X-ENDLIST\n",
+        f"ffconcat version 1.0\nfile '{secret}'\n",
+    )
+    for playlist in playlists:
+        path = tmp_path / f"list{suffix}"
+        path.write_text(playlist)
+        for source in (path, MediaBytes(playlist.encode(), "part")):
+            with pytest.raises(BadMedia):
+                load_video(source, 2)
+            with pytest.raises(BadMedia):
+                load_audio(source)
+
+
+def test_an_eps_file_is_no_image(tmp_path):
+    """Pillow would give it to Ghostscript."""
+    path = tmp_path / "a.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(BadMedia, match="not an image that can be read"):
+        load_image(path)
