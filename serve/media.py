@@ -40,11 +40,8 @@ class RefusedMedia(Exception):
     """
 
     def __init__(self, message: str, status: int = 400):
-        super().__init__(message, status)  # both, so that it survives pickling
+        super().__init__(message)
         self.message, self.status = message, status
-
-    def __str__(self) -> str:
-        return self.message
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ def is_public(address: Address) -> bool:
             return False
     elif any(address in network for network in _INTERNAL):
         return False
-    return address.is_global and not address.is_multicast and not address.is_reserved
+    return address.is_global and not address.is_multicast  # what is reserved is not global
 
 
 async def fetch(url: str, limits: FetchLimits, *, is_allowed_address: AddressCheck = is_public) -> bytes:

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import requests
 
+from tests.serving.sites import names  # noqa: F401 a fixture
 from tests.tiny import TinyRun, make_servable_run
 
 ROOT = Path(__file__).parents[2]
