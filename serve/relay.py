@@ -12,7 +12,7 @@ import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray.exceptions import (
@@ -42,8 +42,19 @@ logger = logging.getLogger("ray.serve")
 LANGUAGE = "language"
 # A request that lost its replica this often for reasons of its own would be refused by then; the rest is bad luck.
 MAX_TRIES = 5
-# What a call raises when the process or node behind it, or a value that it left, is gone.
-LOST = (RayActorError, ObjectLostError, WorkerCrashedError, ReplicaUnavailableError)
+# What a call raises when the process or node behind it, or a value that it left, is gone. A shared call is cancelled
+# when the client that made it leaves.
+CRASHED = (RayActorError, ObjectLostError, WorkerCrashedError, ReplicaUnavailableError)
+LOST = (*CRASHED, TaskCancelledError, asyncio.CancelledError)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """key: what is asked, by content; keys: of each file, by kind, content and model."""
+
+    key: str
+    files: list[MediaFile]
+    keys: list[str]
 
 
 class Relay:
@@ -74,14 +85,14 @@ class Relay:
         """``Started``, then outputs to the last. A second ``Started`` begins anew: forget the outputs before it. While
         ``streaming`` that happens only until the first output with something to show. Raises ApiError."""
         keys = [f"{file.key}/{self._fingerprint}" for file in files]
-        key = task.key(keys)
+        call = _Call(task.key(keys), files, keys)
         for _ in range(MAX_TRIES):
-            self._refuse_crashers(key, keys, files)
+            self._refuse_crashers(call)
             shown = False
-            alone = self._suspects.is_suspect(key)
+            alone = self._suspects.is_suspect(call.key)
             encoded: list[DeploymentResponse] = []
             try:
-                encoded = await self._encode(files, keys)
+                encoded = await asyncio.gather(*map(self._encode, files, keys))
                 generating = self._generate(replace(task, alone=alone), encoded)
                 async with self._turn(LANGUAGE, alone), aclosing(generating) as items:
                     async for item in items:
@@ -89,13 +100,11 @@ class Relay:
                             self._note_sizes(keys, item)
                         shown |= isinstance(item, Output) and bool(item.text or item.logprobs)
                         yield item
-                self._suspects.clear(key)
+                self._suspects.clear(call.key)
                 return
-            except (RayError, RayServeException) as error:
-                if not _is_loss(error):
-                    await self._raise_media_error(files, keys, encoded)
-                    raise self._api_error(error) from error
-                await self._find_cause(key, alone, keys, files, encoded, error)
+            except (RayError, RayServeException, asyncio.CancelledError) as error:
+                _raise_if_ours(error)
+                await self._look_into(call, alone, encoded, error)
             if streaming and shown:
                 raise ApiError(503, "the answer broke off: the model's replica ended", code="replica_lost")
             self._metrics.retries.inc()
@@ -113,10 +122,7 @@ class Relay:
             if not ended:
                 items.cancel()
 
-    async def _encode(self, files: list[MediaFile], keys: list[str]) -> list[DeploymentResponse]:
-        return list(await asyncio.gather(*(self._encode_one(f, k) for f, k in zip(files, keys, strict=True))))
-
-    async def _encode_one(self, file: MediaFile, key: str) -> DeploymentResponse:
+    async def _encode(self, file: MediaFile, key: str) -> DeploymentResponse:
         """The soft tokens of a file, under way or in the object store."""
         known = self._cache.get(key)
         self._metrics.cache(file.kind, known is not None, self._cache.nbytes)
@@ -128,9 +134,9 @@ class Relay:
             return response
         async with self._turn(file.kind, alone=True):
             response = self._encoders[file.kind].encode.remote(replace(file, alone=True))
-            if (outcome := await _settled(response)) is not None and _is_loss(outcome):
+            if (outcome := await _settled(response)) is not None and _is_a(outcome, CRASHED):
                 self._suspects.crashed(key, alone=True)
-                self._refuse_crashers("", [key], [file])
+                self._refuse_crashers(_Call("", [file], [key]))
             self._suspects.clear(key)
         self._cache.put(key, response)
         return response
@@ -144,46 +150,36 @@ class Relay:
         async with self._turns[deployment]:
             yield
 
-    def _refuse_crashers(self, key: str, keys: list[str], files: list[MediaFile]) -> None:
-        for file, media_key in zip(files, keys, strict=True):
-            if self._suspects.is_refused(media_key):
+    def _refuse_crashers(self, call: _Call) -> None:
+        for file, key in zip(call.files, call.keys, strict=True):
+            if self._suspects.is_refused(key):
                 raise ApiError(400, f"{file.name}: this file has crashed its encoder twice", file.name, "crashes")
-        if self._suspects.is_refused(key):
+        if self._suspects.is_refused(call.key):
             raise ApiError(400, "this request has crashed the model twice", "messages", "crashes")
 
-    async def _find_cause(
-        self,
-        key: str,
-        alone: bool,
-        keys: list[str],
-        files: list[MediaFile],
-        encoded: list[DeploymentResponse],
-        error: Exception,
+    async def _look_into(
+        self, call: _Call, alone: bool, encoded: list[DeploymentResponse], error: BaseException
     ) -> None:
-        """After a loss: suspect the files whose encoder is gone, else the request. Raises ApiError for bad media."""
+        """After an error of the language model's call, which may be one of the encoders' whose answers it waited for:
+        raises ApiError, or returns when the call may be tried again."""
+        outcomes = await asyncio.gather(*map(_outcome, encoded))
         lost = []
-        for file, media_key, response in zip(files, keys, encoded, strict=False):
-            outcome = await _outcome(response)
-            if outcome is not None and _is_loss(outcome):
-                self._cache.drop(media_key, response)
-                self._suspects.crashed(media_key, alone=False)
-                lost.append(file.kind)
-        if not lost:
-            self._suspects.crashed(key, alone)
-        logger.warning(f"lost {', '.join(lost) or LANGUAGE} while answering: {type(error).__name__}")
-        await self._raise_media_error(files, keys, encoded)
-
-    async def _raise_media_error(
-        self, files: list[MediaFile], keys: list[str], encoded: list[DeploymentResponse]
-    ) -> None:
-        """The language model could not start because a file was refused: say which, and why."""
-        for file, key, response in zip(files, keys, encoded, strict=False):
-            outcome = await _outcome(response)
-            if isinstance(outcome, Exception):
-                self._cache.drop(key, response)
+        for file, key, response, outcome in zip(call.files, call.keys, encoded, outcomes, strict=False):
+            if outcome is None:
+                continue
+            self._cache.drop(key, response)
             cause = outcome.cause if isinstance(outcome, RayTaskError) else outcome
             if isinstance(cause, MediaRefused):
                 raise ApiError(400, str(cause), file.name, "invalid_media") from None
+            if _is_a(outcome, LOST):
+                lost.append(file.kind)
+            if _is_a(outcome, CRASHED):
+                self._suspects.crashed(key, alone=False)
+        if not _is_a(error, LOST):
+            raise self._api_error(error) from error
+        if not lost and _is_a(error, CRASHED):
+            self._suspects.crashed(call.key, alone)
+        logger.warning(f"lost {', '.join(lost) or LANGUAGE} while answering: {type(error).__name__}")
 
     def _note_sizes(self, keys: list[str], started: Started) -> None:
         for key, nbytes in zip(keys, started.media_bytes, strict=True):
@@ -198,26 +194,31 @@ class Relay:
             return ApiError(400, cause.message, cause.param, "invalid_value")
         if isinstance(cause, DeploymentUnavailableError):
             return ApiError(503, "the model can't be reached", retry_after=self._retry_after_s)
-        if isinstance(cause, TaskCancelledError):
-            return ApiError(503, "the answer was cancelled by the server", retry_after=self._retry_after_s)
         logger.error(f"unexpected error of a deployment: {error}")
         return ApiError(500, f"the model failed ({type(cause).__name__})")
 
 
-def _is_loss(error: BaseException) -> bool:
+def _is_a(error: BaseException, kinds: tuple[type[BaseException], ...]) -> bool:
     """Serve wraps the loss of the encoder behind an argument, and names it as the cause."""
-    return isinstance(error, LOST) or isinstance(error.__cause__, LOST)
+    return isinstance(error, kinds) or isinstance(error.__cause__, kinds)
 
 
-async def _outcome(response: DeploymentResponse) -> Exception | None:
+async def _outcome(response: DeploymentResponse) -> BaseException | None:
     """The error of an encoder's answer; None when it is there, or not known within a moment."""
     done, _ = await asyncio.wait({asyncio.ensure_future(_settled(response))}, timeout=2.0)
     return done.pop().result() if done else None
 
 
-async def _settled(response: DeploymentResponse) -> Exception | None:
+async def _settled(response: DeploymentResponse) -> BaseException | None:
     try:
         await response
-    except (RayError, RayServeException) as error:
+    except (RayError, RayServeException, asyncio.CancelledError) as error:
+        _raise_if_ours(error)
         return error
     return None
+
+
+def _raise_if_ours(error: BaseException) -> None:
+    """A cancellation of this very task must go on; that of a call that was waited for must not."""
+    if isinstance(error, asyncio.CancelledError) and asyncio.current_task().cancelling():
+        raise error

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -45,10 +46,10 @@ class StandIns:
     process: subprocess.Popen
     printed: list[str]
 
-    def post(self, *parts: dict, **rest) -> requests.Response:
+    def post(self, *parts: dict, patience: float = 120, **rest) -> requests.Response:
         body = {"model": self.model, "messages": [{"role": "user", "content": list(parts)}], "temperature": 0}
         body |= {"max_completion_tokens": 3} | rest
-        return requests.post(f"{self.url}/v1/chat/completions", json=body, timeout=120)
+        return requests.post(f"{self.url}/v1/chat/completions", json=body, timeout=patience)
 
     def ask(self, *parts: dict, **rest) -> dict:
         reply = self.post(*parts, **rest)
@@ -126,6 +127,19 @@ def test_a_file_that_crashes_its_encoder_is_refused_after_the_second_time(app):
     assert again.status_code == 400 and again.elapsed.total_seconds() < 1
     assert app.post(image(DEADLY + b" in another way"), QUESTION).status_code == 400
     assert app.ask(innocent[0], QUESTION)["choices"] == answers[0].json()["choices"]
+
+
+@the_other_slow
+def test_a_client_that_leaves_takes_nobody_with_it(app):
+    """Two ask about one new image; whoever asked first leaves while it is being encoded."""
+    with ThreadPoolExecutor(4) as pool:
+        leaving = pool.submit(app.post, image(b"\0\0\2\1"), QUESTION, patience=0.1)
+        time.sleep(0.05)
+        staying = [pool.submit(app.post, image(b"\0\0\2\1"), QUESTION) for _ in range(3)]
+        with pytest.raises(requests.Timeout):
+            leaving.result()
+        answers = [answer.result() for answer in staying]
+    assert [answer.status_code for answer in answers] == [200] * 3, [answer.text for answer in answers]
 
 
 @the_other_slow
