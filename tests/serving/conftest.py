@@ -20,6 +20,7 @@ import requests
 
 from tests.serving.sites import names  # noqa: F401 a fixture
 from tests.tiny import TinyRun, make_servable_run
+from unimoe_ray.config import Config
 
 ROOT = Path(__file__).parents[2]
 STARTUP_S = 240
@@ -31,7 +32,7 @@ class Endpoint:
 
     url: str
     model: str
-    run: TinyRun
+    config: Config
     process: subprocess.Popen
     log: list[str]
     ready_s: float
@@ -74,9 +75,17 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def serve_run(run: TinyRun, *overrides: str, **environment: str) -> Iterator[Endpoint]:
+def serve_run(config: Config, *overrides: str, **environment: str) -> Iterator[Endpoint]:
     """Start ``unimoe serve``, yield the endpoint, stop it as Ctrl-C does."""
-    command = [sys.executable, "-m", "unimoe_ray.cli", "serve", str(run.config.run_dir), "--port", str(free_port())]
+    command = [
+        sys.executable,
+        "-m",
+        "unimoe_ray.cli",
+        "serve",
+        str(config.run_dir.resolve()),
+        "--port",
+        str(free_port()),
+    ]
     started = time.monotonic()
     process = subprocess.Popen(
         [*command, *overrides],
@@ -84,7 +93,7 @@ def serve_run(run: TinyRun, *overrides: str, **environment: str) -> Iterator[End
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=run.config.run_dir,
+        cwd=config.run_dir,
     )
     log: list[str] = []
     lines: queue.Queue[str | None] = queue.Queue()
@@ -102,7 +111,7 @@ def serve_run(run: TinyRun, *overrides: str, **environment: str) -> Iterator[End
             line = lines.get(timeout=max(0.1, STARTUP_S - (time.monotonic() - started)))
             assert line is not None, "".join(log)
             url = next(iter(re.findall(r"page +(http://\S+)", line)), None)
-        yield Endpoint(url, run.config.name, run, process, log, time.monotonic() - started)
+        yield Endpoint(url, config.name, config, process, log, time.monotonic() - started)
     finally:
         process.terminate()
         try:
@@ -121,4 +130,4 @@ def servable_run(tmp_path_factory) -> TinyRun:
 
 @pytest.fixture(scope="session")
 def endpoint(servable_run) -> Iterator[Endpoint]:
-    yield from serve_run(servable_run)
+    yield from serve_run(servable_run.config)

@@ -58,7 +58,7 @@ def asked(tmp_path_factory) -> list[dict]:
 
 def offline(endpoint: Endpoint, question: dict) -> str:
     """What ``unimoe chat`` answers."""
-    talk = Conversation(endpoint.run.config, final_model(endpoint.run.config))
+    talk = Conversation(endpoint.config, final_model(endpoint.config))
     return talk.ask(question["parts"][-1]["text"], [Media(kind, (path,)) for kind, path in question["media"]])
 
 
@@ -105,7 +105,7 @@ def test_a_streamed_answer_has_the_parts_that_the_sdk_expects(endpoint, client):
 def test_several_turns_with_media_equal_the_offline_chat(endpoint, client, tmp_path):
     for name, data in (("a.png", png(1)), ("a.wav", wav(1))):
         (tmp_path / name).write_bytes(data)
-    talk = Conversation(endpoint.run.config, final_model(endpoint.run.config))
+    talk = Conversation(endpoint.config, final_model(endpoint.config))
     turns = [("what?", [("image", "a.png")]), ("and?", [("speech", "a.wav")]), ("more?", [])]
     messages: list[dict] = []
     for question, media in turns:
@@ -149,12 +149,12 @@ def test_which_experts_fired(endpoint, client):
     told = chunks[-1].model_extra["expert_load"]
     whole = ask(client, endpoint, parts, extra_body={"expert_load": True}).model_extra["expert_load"]
     assert told == whole
-    assert told["experts"] == endpoint.run.config.model.moe.slots
+    assert told["experts"] == endpoint.config.model.moe.slots
     assert list(told["load"]) == [kind for kind in KINDS if kind in ("text", "image", "audio", "answer")]
     soft_tokens = (
         ask(client, endpoint, parts).usage.prompt_tokens - ask(client, endpoint, parts[1:]).usage.prompt_tokens
     )
-    assert {sum(layer) for layer in told["load"]["image"]} == {soft_tokens * endpoint.run.config.model.moe.top_k}
+    assert {sum(layer) for layer in told["load"]["image"]} == {soft_tokens * endpoint.config.model.moe.top_k}
 
 
 def test_errors_reach_the_sdk_as_its_own(endpoint, client):
@@ -238,7 +238,7 @@ def test_the_serve_config_file(endpoint, tmp_path):
     """Valid for Serve's own schema, and builds the same application."""
     from serve.app import write_config
 
-    settings = endpoint.run.config.model_copy(deep=True)
+    settings = endpoint.config.model_copy(deep=True)
     settings.serving.engine.max_running = 3
     settings.serving.image.min_replicas = 0
     write_config(settings, tmp_path / "serve.yaml")

@@ -29,7 +29,7 @@ def fragile(servable_run) -> Iterator[Endpoint]:
     """Its own endpoint; the speech encoder goes when nobody needs it."""
     goes = ["min_replicas=0", "initial_replicas=0", "downscale_delay_s=1", "look_back_period_s=2", "upscale_delay_s=0"]
     overrides = [*(f"serving.speech.{setting}" for setting in goes), "serving.limits.request_seconds=120"]
-    yield from serve_run(servable_run, *overrides)
+    yield from serve_run(servable_run.config, *overrides)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> float:
@@ -175,4 +175,4 @@ def test_nothing_is_left_running_and_nothing_was_printed(fragile):
     printed = "".join(fragile.log)
     assert "Traceback" not in printed and "page" in printed
     assert psutil.Process(fragile.process.pid).is_running()
-    assert Path(fragile.run.config.run_dir).is_dir()
+    assert Path(fragile.config.run_dir).is_dir()
