@@ -37,6 +37,7 @@ FORBIDDEN_OUTSIDE = {
     "model": {"ray", "deepspeed", "peft", "av", "soundfile", "onnx"},
     "data": {"deepspeed", "peft", "transformers"},
     "mini": {"deepspeed", "peft", "transformers"},
+    "inference": {"ray", "deepspeed", "peft", "fastapi"},
     "progress": {"torch", "ray", "deepspeed", "transformers"},
     "report": {"torch", "ray", "deepspeed", "transformers"},
     "errors": {"torch", "ray", "deepspeed", "transformers"},
@@ -118,6 +119,13 @@ def test_nothing_in_the_library_imports_jobs_or_tests_and_only_the_command_line_
         if "serve" in tops and path != Path(PACKAGE, "cli.py"):
             wrong.append(f"{path} imports serve")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", ["chat", "conversation", "errors", "http", "media", "openai_api", "proxy", "suspects"])
+def test_the_http_side_of_serving_knows_no_ray(name):
+    """It runs under any ASGI server, and is tested so."""
+    tops = {imported.split(".")[0] for imported in imports(Path("serve", f"{name}.py"))}
+    assert not tops & {"ray", "torch", "transformers"}
 
 
 def test_the_command_line_imports_serve_and_the_heavy_libraries_lazily() -> None:
