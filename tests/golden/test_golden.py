@@ -1,0 +1,62 @@
+"""Every case in the folder named by UNIMOE_GOLDEN (default ../shared/golden, beside the repository): outputs of the
+official code on small random configurations. Nothing here knows a case's sizes; they are in its own JSON."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.golden import towers
+from tests.golden.case import Case
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FOLDER = REPOSITORY / os.environ.get("UNIMOE_GOLDEN", "../shared/golden")
+
+CHECKS: dict[str, Callable[[Case], None]] = {
+    "beats_fbank": towers.beats_fbank,
+    "beats_encoder": towers.beats_encoder,
+}
+# Cases that nothing here checks yet, with the reason.
+NOT_YET: dict[str, str] = {
+    "audio_aligner_qformer": "not implemented yet",
+    "speech_aligner_whisper_decoder": "not implemented yet",
+    "mm_projector_mlp2x_gelu": "not implemented yet",
+    "video_pooling": "not implemented yet",
+    "moe_layer_4e_top2": "not implemented yet",
+    "llama_moe_interleaved": "not implemented yet",
+    "llama_moe_all": "not implemented yet",
+    "multimodal_splice": "not implemented yet",
+    "tokenise_and_label": "not implemented yet",
+    "end_to_end_audio": "not implemented yet",
+    "end_to_end_speech": "not implemented yet",
+    "gate_8e_top2_aux": "not implemented yet",
+    "moe_layer_8e_lora": "not implemented yet",
+    "losses_8e": "not implemented yet",
+}
+
+
+def found() -> list:
+    paths = sorted(FOLDER.glob("*.json"))
+    if not paths:
+        reason = f"no golden cases in {FOLDER} (UNIMOE_GOLDEN names another folder)"
+        return [pytest.param(None, id="no-cases", marks=pytest.mark.skip(reason=reason))]
+    return [pytest.param(path, id=path.stem) for path in paths]
+
+
+def kind_of(path: Path) -> str | None:
+    """The longest known name that a case's name is or begins with: there may be several cases of one kind."""
+    known = [name for name in (*CHECKS, *NOT_YET) if path.stem == name or path.stem.startswith(f"{name}_")]
+    return max(known, key=len, default=None)
+
+
+@pytest.mark.parametrize("path", found())
+def test_case(path: Path) -> None:
+    kind = kind_of(path)
+    if kind is None:
+        pytest.fail(f"{path.stem}: no check is known for this case")
+    if kind in NOT_YET:
+        pytest.skip(NOT_YET[kind])
+    CHECKS[kind](Case(path))
