@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.golden import towers
+from tests.golden import connectors, language, towers
 from tests.golden.case import Case
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -18,16 +18,16 @@ FOLDER = REPOSITORY / os.environ.get("UNIMOE_GOLDEN", "../shared/golden")
 CHECKS: dict[str, Callable[[Case], None]] = {
     "beats_fbank": towers.beats_fbank,
     "beats_encoder": towers.beats_encoder,
+    "audio_aligner_qformer": connectors.audio_aligner_qformer,
+    "speech_aligner_whisper_decoder": connectors.speech_aligner_whisper_decoder,
+    "mm_projector_mlp2x_gelu": connectors.mm_projector_mlp2x_gelu,
+    "video_pooling": connectors.video_pooling,
+    "moe_layer_4e_top2": language.moe_layer_4e_top2,
+    "llama_moe_interleaved": language.llama_moe,
+    "llama_moe_all": language.llama_moe,
 }
 # Cases that nothing here checks yet, with the reason.
 NOT_YET: dict[str, str] = {
-    "audio_aligner_qformer": "not implemented yet",
-    "speech_aligner_whisper_decoder": "not implemented yet",
-    "mm_projector_mlp2x_gelu": "not implemented yet",
-    "video_pooling": "not implemented yet",
-    "moe_layer_4e_top2": "not implemented yet",
-    "llama_moe_interleaved": "not implemented yet",
-    "llama_moe_all": "not implemented yet",
     "multimodal_splice": "not implemented yet",
     "tokenise_and_label": "not implemented yet",
     "end_to_end_audio": "not implemented yet",
