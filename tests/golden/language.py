@@ -45,10 +45,9 @@ def moe_layer_4e_top2(case: Case) -> None:
             case.check(name, run(k, x)[0])
 
 
-def build_language(case: Case) -> tuple[LlamaForCausalLM, RoutingRecorder]:
-    """The language model of a case's configuration, with its mixtures."""
-    config, recorder = case.config, RoutingRecorder()
-    settings = LanguageConfig(
+def language_config(case: Case) -> LanguageConfig:
+    config = case.config
+    return LanguageConfig(
         hidden_size=config["hidden_size"],
         intermediate_size=config["intermediate_size"],
         num_layers=config["num_hidden_layers"],
@@ -56,11 +55,9 @@ def build_language(case: Case) -> tuple[LlamaForCausalLM, RoutingRecorder]:
         num_kv_heads=config["num_key_value_heads"],
         max_positions=config["max_position_embeddings"],
         rms_norm_eps=config["rms_norm_eps"],
+        rope_theta=config.get("rope_theta", 10_000.0),
         tie_embeddings=config.get("tie_word_embeddings", False),
     )
-    llama = build_llama(settings, config["vocab_size"])
-    upcycle(llama, case.spec["moe_layers"], config["num_experts"], config["num_experts_per_tok"], recorder)
-    return llama.eval(), recorder
 
 
 def watch_routers(llama: LlamaForCausalLM, layers: list[int]) -> Tensors:
@@ -78,7 +75,9 @@ def watch_routers(llama: LlamaForCausalLM, layers: list[int]) -> Tensors:
 
 @torch.no_grad()
 def llama_moe(case: Case) -> None:
-    llama, _ = build_language(case)
+    config = case.config
+    llama = build_llama(language_config(case), config["vocab_size"]).eval()
+    upcycle(llama, case.spec["moe_layers"], config["num_experts"], config["num_experts_per_tok"], RoutingRecorder())
     llama.load_state_dict(without_buffers(case.weights()))
     routers = watch_routers(llama, case.spec["moe_layers"])
     ids, mask, labels = (case.inputs[name] for name in ("input_ids", "attention_mask", "labels"))

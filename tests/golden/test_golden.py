@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.golden import connectors, language, towers
+from tests.golden import connectors, end_to_end, language, splicing, towers
 from tests.golden.case import Case
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -25,13 +25,13 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "moe_layer_4e_top2": language.moe_layer_4e_top2,
     "llama_moe_interleaved": language.llama_moe,
     "llama_moe_all": language.llama_moe,
+    "multimodal_splice": splicing.multimodal_splice,
+    "end_to_end_audio": end_to_end.end_to_end_audio,
+    "end_to_end_speech": end_to_end.end_to_end_speech,
 }
 # Cases that nothing here checks yet, with the reason.
 NOT_YET: dict[str, str] = {
-    "multimodal_splice": "not implemented yet",
     "tokenise_and_label": "not implemented yet",
-    "end_to_end_audio": "not implemented yet",
-    "end_to_end_speech": "not implemented yet",
     "gate_8e_top2_aux": "not implemented yet",
     "moe_layer_8e_lora": "not implemented yet",
     "losses_8e": "not implemented yet",
