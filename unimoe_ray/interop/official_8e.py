@@ -106,7 +106,11 @@ def multimodal_loss(logits: torch.Tensor, ranges: Ranges, experts: Mapping[str, 
 
 def kl_loss(logits: torch.Tensor, ranges: Ranges) -> torch.Tensor:
     """Of one layer, logits [B, S, E]: 1 - KL between the mean gate distributions of two modalities, averaged over the
-    pairs that a sample has, summed over samples. It pushes modalities to different experts."""
+    pairs that a sample has, summed over samples. It pushes modalities to different experts.
+
+    For a pair (a, b) it is KL(b || a) here. The official outputs at hand don't tell it from KL(a || b): after the
+    second softmax both are so flat that the two agree to single precision.
+    """
     probability = logits.softmax(-1)
     means: list[dict[str, torch.Tensor]] = [{} for _ in logits]
     for modality in ranges:
