@@ -68,7 +68,9 @@ def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
         data=config.data,
         load_towers=partial(mini.towers, config),
     )
-    connectors = {m: build_connector(m, dims[m], 1, config.model.connector, config.model.video) for m in MODALITIES}
+    connectors = {
+        m: build_connector(m, dims[m], 1, config.model.connector_of(m), config.model.video) for m in MODALITIES
+    }
     del towers
     result = preparing.prepare(
         config,

@@ -68,11 +68,35 @@ class MoEConfig(Strict):
         }[self.layers]
 
 
-class ConnectorConfig(Strict):
-    """LayerNorm, Linear, GELU, Linear; the output scaled to the RMS of the text embeddings if ``match_text_rms``."""
+class QueriesConfig(Strict):
+    """The transformer of a connector that reads a window with learned queries (a published size by default)."""
 
-    type: Literal["mlp"] = "mlp"
+    number: int = Field(50, ge=1, description="soft tokens of each window")
+    hidden_size: int | None = Field(None, ge=1, description="as the features, unless a Q-Former has another")
+    num_layers: int = Field(12, ge=1)
+    num_heads: int = Field(12, ge=1)
+    intermediate_size: int = Field(3072, ge=1)
+    cross_attention_every: int = Field(2, ge=1, description="layers of a Q-Former that see the features: 0, 2, 4, ...")
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class ConnectorConfig(Strict):
+    """``mlp``: LayerNorm, Linear, GELU, Linear. ``mlp2x_gelu``: Linear, GELU, Linear. ``qformer``, ``whisper_decoder``:
+    learned queries. The output is scaled to the RMS of the text embeddings if ``match_text_rms`` (the published model
+    does not)."""
+
+    type: Literal["mlp", "mlp2x_gelu", "qformer", "whisper_decoder"] = "mlp"
     match_text_rms: bool = True
+    queries: QueriesConfig = QueriesConfig()
+
+
+class ConnectorsConfig(Strict):
+    """Connectors of modalities that differ from ``model.connector``."""
+
+    image: ConnectorConfig | None = None
+    video: ConnectorConfig | None = None
+    audio: ConnectorConfig | None = None
+    speech: ConnectorConfig | None = None
 
 
 class VideoConfig(Strict):
@@ -104,5 +128,17 @@ class ModelConfig(Strict):
     language: LanguageConfig = LanguageConfig()
     moe: MoEConfig = MoEConfig()
     connector: ConnectorConfig = ConnectorConfig()
+    connectors: ConnectorsConfig = ConnectorsConfig()
     video: VideoConfig = VideoConfig()
     towers: TowersConfig = TowersConfig()
+
+    @model_validator(mode="after")
+    def _frames_are_projected_one_by_one(self) -> ModelConfig:
+        kind = self.connector_of("video").type
+        if kind not in ("mlp", "mlp2x_gelu"):
+            raise ValueError(f"the connector of videos is a {kind}; allowed: mlp, mlp2x_gelu")
+        return self
+
+    def connector_of(self, modality: str) -> ConnectorConfig:
+        """The connector's settings of one modality."""
+        return getattr(self.connectors, modality) or self.connector

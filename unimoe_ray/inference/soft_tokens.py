@@ -7,12 +7,12 @@ import torch
 
 from unimoe_ray.data.batch import stack_features
 from unimoe_ray.data.store import StoredFeatures
-from unimoe_ray.model.connectors import MLPConnector
+from unimoe_ray.model.connectors import Connector
 from unimoe_ray.model.features import Features
 
 
 @torch.inference_mode()
-def soft_tokens(connector: MLPConnector, modality: str, files: list[StoredFeatures]) -> list[np.ndarray]:
+def soft_tokens(connector: Connector, modality: str, files: list[StoredFeatures]) -> list[np.ndarray]:
     """[M, H] of each file of one modality: the valid tokens of its windows, in order. fp32; on a GPU fp16."""
     parameter = next(connector.parameters())
     arrays = stack_features(modality, files)

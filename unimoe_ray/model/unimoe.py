@@ -74,7 +74,7 @@ class UniMoE(nn.Module):
         self.language = build_llama(config.language, vocab_size)
         hidden = self.language.config.hidden_size
         self.connectors = nn.ModuleDict(
-            {m: build_connector(m, feature_dims[m], hidden, config.connector, config.video) for m in MODALITIES}
+            {m: build_connector(m, feature_dims[m], hidden, config.connector_of(m), config.video) for m in MODALITIES}
         )
 
     def make_sparse(self) -> None:

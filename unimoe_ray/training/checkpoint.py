@@ -110,9 +110,9 @@ def load_connectors(folder: Path, modalities: list[str]) -> tuple[nn.ModuleDict,
             for modality in modalities:
                 prefix = f"connectors.{modality}."
                 state = {k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118
-                hidden = len(state["projection.weight"])
+                hidden = file.get_slice("language.model.embed_tokens.weight").get_shape()[1]
                 connector = build_connector(
-                    modality, info.feature_dims[modality], hidden, config.connector, config.video
+                    modality, info.feature_dims[modality], hidden, config.connector_of(modality), config.video
                 )
                 connector.load_state_dict(state)
                 connectors[modality] = connector

@@ -1,4 +1,5 @@
-"""The encoder of Whisper (Hugging Face's class) as a speech tower, on the clip's own length instead of 30 s."""
+"""The encoder of Whisper (Hugging Face's class) as a speech tower: on windows of 30 s, as it was trained and as Uni-MoE
+uses it, or on the clip's own length, which is cheaper for short clips."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.model.towers import SAMPLE_RATE, FrozenTower
+from unimoe_ray.model.towers.windows import MAX_WINDOWS, count_windows, split_windows
 
 FFT, STEP = 400, 160  # samples: 25 ms every 10 ms
 MAX_FRAMES = 3000  # 30 s
@@ -31,6 +33,36 @@ def tiny_encoder() -> WhisperEncoder:
         attn_implementation="sdpa",
     )
     return WhisperEncoder(config)
+
+
+class WhisperFullTower(FrozenTower):
+    """Speech. A window is 30 s, the last one filled up with silence; its tokens are all of the encoder's positions, one
+    each 20 ms (1500 x 768 for small). ``max_windows`` (10 minutes) caps a file, with a warning."""
+
+    name = "whisper"
+    modality = "speech"
+    chunk_elements = 8 * 80 * MAX_FRAMES
+
+    def __init__(self, encoder: WhisperEncoder, max_windows: int = MAX_WINDOWS):
+        super().__init__(encoder, {"length": "full", "max_windows": max_windows})
+        self.window = encoder.config.max_source_positions * FRAMES_PER_POSITION * STEP
+        self.max_windows = max_windows
+        self.feature_dim = encoder.config.d_model
+
+    def preprocess(self, media: np.ndarray) -> np.ndarray:
+        """A waveform [samples] at 16 kHz to log-mel windows [W, mel bins, 3000] float32. Raises UnimoeError when
+        empty."""
+        windows = split_windows(media, self.window, self.max_windows, repeat_last=False)
+        return log_mel(torch.from_numpy(windows), self.network.config.num_mel_bins).numpy()
+
+    def tokens_for(self, media: np.ndarray) -> list[int]:
+        """Tokens of each window."""
+        windows = count_windows(len(media), self.window, self.max_windows)
+        return [self.network.config.max_source_positions] * windows
+
+    def encode(self, windows: torch.Tensor) -> torch.Tensor:
+        """[B, mel bins, 3000] to [B, 1500, D]."""
+        return self.network(windows).last_hidden_state
 
 
 class WhisperTower(FrozenTower):

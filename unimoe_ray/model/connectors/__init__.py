@@ -1,0 +1,63 @@
+"""Connectors: features of a frozen tower to soft tokens in the language model's space (Uni-MoE, section 3.1)."""
+
+from __future__ import annotations
+
+from transformers import Blip2QFormerConfig, WhisperConfig
+
+from unimoe_ray.config.model import ConnectorConfig, VideoConfig
+from unimoe_ray.model.connectors.base import Connector
+from unimoe_ray.model.connectors.mlp import GeluProjector, MLPConnector
+from unimoe_ray.model.connectors.queries import QFormerConnector, QueryConnector, WhisperDecoderConnector
+from unimoe_ray.model.connectors.video import VideoConnector, VideoProjector, merge_patches
+
+__all__ = [
+    "Connector",
+    "GeluProjector",
+    "MLPConnector",
+    "QFormerConnector",
+    "QueryConnector",
+    "VideoConnector",
+    "VideoProjector",
+    "WhisperDecoderConnector",
+    "build_connector",
+    "merge_patches",
+]
+
+
+def build_connector(
+    modality: str, feature_dim: int, hidden_size: int, connector: ConnectorConfig, video: VideoConfig
+) -> Connector:
+    """The connector of one modality, from features [B, N, feature_dim] to soft tokens [B, M, hidden_size].
+
+    Raises ValueError where the configured sizes do not fit the features.
+    """
+    rms, queries = connector.match_text_rms, connector.queries
+    if connector.type in ("mlp", "mlp2x_gelu"):
+        plain = connector.type == "mlp"
+        if modality == "video":
+            return (VideoConnector if plain else VideoProjector)(feature_dim, hidden_size, rms, video)
+        return (MLPConnector if plain else GeluProjector)(feature_dim, hidden_size, rms)
+    if connector.type == "qformer":
+        qformer = Blip2QFormerConfig(
+            hidden_size=queries.hidden_size or feature_dim,
+            num_hidden_layers=queries.num_layers,
+            num_attention_heads=queries.num_heads,
+            intermediate_size=queries.intermediate_size,
+            hidden_dropout_prob=queries.dropout,
+            attention_probs_dropout_prob=queries.dropout,
+            cross_attention_frequency=queries.cross_attention_every,
+            encoder_hidden_size=feature_dim,
+        )
+        return QFormerConnector(qformer, queries.number, hidden_size, rms)
+    if queries.hidden_size not in (None, feature_dim):
+        raise ValueError(f"queries.hidden_size is {queries.hidden_size}; Whisper's decoder has that of its encoder")
+    decoder = WhisperConfig(
+        vocab_size=1,
+        pad_token_id=0,
+        d_model=feature_dim,
+        decoder_layers=queries.num_layers,
+        decoder_attention_heads=queries.num_heads,
+        decoder_ffn_dim=queries.intermediate_size,
+        dropout=queries.dropout,
+    )
+    return WhisperDecoderConnector(decoder, queries.number, hidden_size, rms)
