@@ -62,6 +62,7 @@ class Encoder:
         for kind in self._kinds:
             check_tower(folder, info, kind, self._tower)
         self._frames = run.model.video.frames
+        self._max_positions = run.model.language.max_positions
         self._limits = serving.limits
         self._max_cost = settings.max_batch_cost
         self._batched.set_max_batch_size(settings.max_batch_cost)
@@ -102,6 +103,9 @@ class Encoder:
             decoded = decode_media(Media(file.kind, (MediaBytes(file.data, file.name),)), self._frames, bounds)
         except BadMedia as error:
             raise MediaRefused(str(error)) from None
+        soft = self._connectors[file.kind].soft_tokens(self._tower.tokens_for(decoded))
+        if soft >= self._max_positions:
+            raise MediaRefused(f"{file.name}: becomes {soft} tokens; the model's context is {self._max_positions}")
         windows = self._tower.preprocess(decoded)
         cost = len(windows) if file.kind in ("image", "video") else -(-len(decoded) // SAMPLE_RATE)
         return windows, max(1, cost)

@@ -45,7 +45,8 @@ class LanguageModel:
     async def generate(self, task: Task, *soft_tokens: np.ndarray) -> AsyncIterator[Started | Output]:
         """``soft_tokens``: [M, H] of each media file, in the order of the placeholders. Raises RequestRefused."""
         sample = Sample("", "", task.turns, tuple(Media(kind, ()) for kind in task.kinds), {})
-        ids = encode_prompt(sample, self._tokenizer)
+        # Not in the event loop: a long text takes seconds, in which no health check would be answered.
+        ids = await asyncio.to_thread(encode_prompt, sample, self._tokenizer)
         request = GenerationRequest(task.request_id, ids, list(soft_tokens), task.params, task.alone)
         tokens, ended = 0, False
         try:
