@@ -35,8 +35,9 @@ class LanguageModel:
         threads = serving.engine.threads
         torch.set_num_threads(max(1, int(serving.language.num_cpus)) if threads == "auto" else threads)
         model, info, self._tokenizer = load_model(Path(model_dir))
-        if serving.language.num_gpus and torch.cuda.is_available():
-            model.to("cuda")
+        on_gpu = bool(serving.language.num_gpus) and torch.cuda.is_available()
+        in_bf16 = serving.engine.precision == "bf16" or (serving.engine.precision == "auto" and on_gpu)
+        model.to("cuda" if on_gpu else "cpu", torch.bfloat16 if in_bf16 else torch.float32)
         self._engine = Engine(model, self._tokenizer, serving.engine)
         self._experts = tuple(info.model["moe"]["slots"]) if info.sparse else ()
         self._backend: AsyncEngine | None = None
