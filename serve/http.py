@@ -121,13 +121,18 @@ def build_app(endpoint: Endpoint) -> FastAPI:
         deadline = arrived + endpoint.limits.request_seconds
         chat = parse_chat(await _body(request, endpoint.limits))
         task, files = await endpoint.chat.prepare(chat, _request_id(request))
+        asker = f" user={chat.user!r}" if chat.user else ""
+
+        def log(status: int, text: str) -> None:
+            _log(endpoint, request, status, f"{text} in {time.monotonic() - arrived:.3f} s{asker}")
+
         if not chat.stream:
             answer = await endpoint.chat.complete(chat, task, files, deadline)
-            _log(endpoint, request, 200, _summary(answer["usage"], arrived, chat))
+            log(200, f"{answer['usage']['prompt_tokens']}+{answer['usage']['completion_tokens']} tokens")
             return JSONResponse(answer)
         events = endpoint.chat.stream(chat, task, files, deadline)
         first = await anext(events)  # What fails before the first token is an ordinary error answer.
-        lines = _lines(first, events, lambda status, text: _log(endpoint, request, status, text))
+        lines = _lines(first, events, log)
         return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     @app.get("/v1/models", dependencies=guarded, responses=errors)
@@ -215,11 +220,6 @@ def _log(endpoint: Endpoint, request: Request, status: int, text: str) -> None:
     endpoint.answered(status)
     line = f"{request.method} {request.scope['path'][:200]} {status} {text}"
     logger.info("".join(letter if letter.isprintable() else "?" for letter in line))
-
-
-def _summary(usage: dict[str, int], arrived: float, chat: ChatRequest) -> str:
-    took = f"{usage['prompt_tokens']}+{usage['completion_tokens']} tokens in {time.monotonic() - arrived:.3f} s"
-    return f"{took} user={chat.user!r}" if chat.user else took
 
 
 _REQUEST = {"$ref": "#/components/schemas/ChatRequest"}
