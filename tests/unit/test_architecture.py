@@ -21,6 +21,7 @@ ALLOWED = {
     "parallel": {"config", "model"},
     "data": {"config"},
     "mini": {"config", "model", "data"},
+    "towers": {"config", "model", "mini"},
     "training": {"config", "model", "parallel", "data"},
     "evaluation": {"config", "model", "data", "training"},
     "inference": {"config", "model", "parallel", "data"},
