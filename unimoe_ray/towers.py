@@ -15,20 +15,41 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel, WhisperConfig, WhisperModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    WhisperConfig,
+    WhisperModel,
+)
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging
 
 from unimoe_ray.config import Config
 from unimoe_ray.config.model import PUBLISHED_TOWERS, TowerConfig
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.mini import source as mini
+from unimoe_ray.mini import towers as small
 from unimoe_ray.model.features import Tower
-from unimoe_ray.model.towers.beats import BeatsTower, load_beats
+from unimoe_ray.model.towers.beats import Beats, BeatsConfig, BeatsTower, load_beats
 from unimoe_ray.model.towers.clip import ClipTower
 from unimoe_ray.model.towers.whisper import WhisperFullTower
 from unimoe_ray.model.towers.windows import MAX_WINDOWS
 
 TOWERS = ("image", "speech", "audio")
+# Of what Uni-MoE uses: openai/clip-vit-large-patch14-336 and openai/whisper-small (BeatsConfig's defaults are BEATs').
+PUBLISHED_SIZES: dict[str, PreTrainedConfig] = {
+    "clip": CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    ),
+    "whisper": WhisperConfig(d_model=768, encoder_layers=12, encoder_attention_heads=12, encoder_ffn_dim=3072),
+}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
 
@@ -49,12 +70,35 @@ def load_tower(config: Config, modality: str) -> Tower:
     return _load(f"model.towers.{modality}.path", settings.name, settings.path, getattr(settings, "max_windows", None))
 
 
+def sketch_tower(config: Config, modality: str) -> Tower:
+    """A tower without its weights, on the meta device, to count parameters: as its files say where they are on this
+    machine, else of the published size (``PUBLISHED_SIZES``). Nothing is downloaded, a small tower is random."""
+    settings: TowerConfig = getattr(config.model.towers, modality)
+    name, path = settings.name, settings.path
+    if name not in PUBLISHED_TOWERS:
+        return small.load_towers({modality: name}, None, random=True)[modality]
+    here = Path(path).exists()
+    with _named(f"model.towers.{modality}.path", name, path), torch.device("meta"):
+        if name == "beats":
+            found = BeatsConfig.from_published(_beats_checkpoint(path, "meta")["cfg"]) if here else BeatsConfig()
+            return BeatsTower(Beats(found))
+        found = _config(type(PUBLISHED_SIZES[name]), path) if here else PUBLISHED_SIZES[name]
+        return ClipTower(CLIPVisionModel(found)) if name == "clip" else WhisperFullTower(WhisperEncoder(found))
+
+
 @lru_cache(maxsize=len(TOWERS))
 def _load(key: str, name: str, path: str, max_windows: int | None) -> Tower:
     if not Path(path).exists() and (name == "beats" or not _HUB_NAME.fullmatch(path)):
         raise UnimoeError(f"{key}: {path}: no such file or folder; {name} wants {PUBLISHED_TOWERS[name]}")
-    try:
+    with _named(key, name, path):
         return _PUBLISHED[name](path, max_windows or MAX_WINDOWS)
+
+
+@contextmanager
+def _named(key: str, name: str, path: str) -> Iterator[None]:
+    """What goes wrong with a file as one line that names the key."""
+    try:
+        yield
     except _UNREADABLE as error:
         raise UnimoeError(f"{key}: {path}: no {name} weights that can be read ({_first_line(error)})") from error
 
@@ -75,30 +119,41 @@ def _whisper(path: str, max_windows: int) -> WhisperFullTower:
 
 
 def _beats(path: str, max_windows: int) -> BeatsTower:
-    checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"it holds a {type(checkpoint).__name__}, not cfg and model")
-    return BeatsTower(load_beats(checkpoint), max_windows=max_windows)
+    return BeatsTower(load_beats(_beats_checkpoint(path, "cpu")), max_windows=max_windows)
+
+
+def _beats_checkpoint(path: str, device: str) -> Mapping[str, Any]:
+    checkpoint: Any = torch.load(path, map_location=device, weights_only=True)
+    if not isinstance(checkpoint, Mapping) or not {"cfg", "model"} <= checkpoint.keys():
+        held = ", ".join(sorted(checkpoint)) if isinstance(checkpoint, Mapping) else f"a {type(checkpoint).__name__}"
+        raise ValueError(f"a BEATs checkpoint holds cfg and model; this one holds {held}")
+    return checkpoint
 
 
 _PUBLISHED: dict[str, Callable[[str, int], Tower]] = {"clip": _clip, "whisper": _whisper, "beats": _beats}
 
 
-def _pretrained(kind: type[PreTrainedModel], config: type, path: str) -> Any:
+def _pretrained(kind: type[PreTrainedModel], config: type[PreTrainedConfig], path: str) -> Any:
     """``from_pretrained`` in fp32, but strict: weights that the files lack would otherwise be random.
 
     Raises ValueError naming the first of them, or the other kind of model that the folder holds.
     """
-    settings, _ = config.get_config_dict(path)
-    family = settings.get("model_type", "")
-    if family.split("_")[0] != config.model_type.split("_")[0]:
-        raise ValueError(f"its config.json is of a '{family}' model" if family else "it has no config.json")
+    found = _config(config, path)
     with _quiet():
-        network, report = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        network, report = kind.from_pretrained(path, config=found, dtype=torch.float32, output_loading_info=True)
     missing = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
     if missing:
         raise ValueError(f"{len(missing)} tensors are missing or of another shape, such as {missing[0]}")
     return network
+
+
+def _config(kind: type[PreTrainedConfig], path: str) -> PreTrainedConfig:
+    """Of the encoder, out of the ``config.json`` of a whole model too. Raises ValueError for another kind of model."""
+    settings, _ = kind.get_config_dict(path)
+    family = settings.get("model_type", "")
+    if family.split("_")[0] != kind.model_type.split("_")[0]:
+        raise ValueError(f"its config.json is of a '{family}' model" if family else "it has no config.json")
+    return kind.from_pretrained(path)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ ALLOWED = {
     "data": {"config"},
     "mini": {"config", "model", "data"},
     "towers": {"config", "model", "mini"},
+    "parameter_table": {"config", "model", "data", "towers", "training"},
     "training": {"config", "model", "parallel", "data"},
     "evaluation": {"config", "model", "data", "training"},
     "inference": {"config", "model", "parallel", "data"},

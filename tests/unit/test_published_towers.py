@@ -148,7 +148,7 @@ def wrong_files(root, tmp_path):
     yield "audio", "no/file", "no such file or folder"
     yield "audio", root / "clip", "Is a directory"
     yield "audio", tmp_path / "text.pt", "no beats weights that can be read"
-    yield "audio", tmp_path / "list.pt", "it holds a list, not cfg and model"
+    yield "audio", tmp_path / "list.pt", "a BEATs checkpoint holds cfg and model; this one holds a list"
     yield "audio", tmp_path / "model.pt", "a BEATs checkpoint holds cfg and model; this one holds model"
     yield "audio", tmp_path / "empty.pt", "Missing key.*patch_embedding"
 
