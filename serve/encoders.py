@@ -24,7 +24,7 @@ from unimoe_ray.data.features import TOWER_OF, decode_media, encode_windows
 from unimoe_ray.data.media import SAMPLE_RATE, BadMedia, MediaBytes
 from unimoe_ray.data.schema import Media
 from unimoe_ray.inference.soft_tokens import soft_tokens
-from unimoe_ray.mini import source as mini
+from unimoe_ray.towers import load_tower
 from unimoe_ray.training.checkpoint import check_tower, load_connectors
 
 logger = logging.getLogger("ray.serve")
@@ -56,7 +56,7 @@ class Encoder:
         folder = Path(model_dir)
         self._device = "cuda" if settings.num_gpus and torch.cuda.is_available() else "cpu"
         torch.set_num_threads(max(1, int(settings.num_cpus)))
-        self._tower = mini.towers(run)[tower].to(self._device)
+        self._tower = load_tower(run, tower).to(self._device)
         self._connectors, info = load_connectors(folder, self._kinds)
         self._connectors.to(self._device)
         for kind in self._kinds:

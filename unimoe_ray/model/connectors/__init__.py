@@ -54,6 +54,9 @@ def build_connector(
     decoder = WhisperConfig(
         vocab_size=1,
         pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=0,
         d_model=feature_dim,
         decoder_layers=queries.num_layers,
         decoder_attention_heads=queries.num_heads,
