@@ -14,7 +14,7 @@ from unimoe_ray.config import Config
 from unimoe_ray.config.training import STAGES
 from unimoe_ray.errors import UnimoeError, UsageError
 
-EXPORT_FORMATS = ("mixtral",)
+EXPORT_FORMATS = ("mixtral", "hf")
 
 
 def main(arguments: list[str] | None = None) -> None:

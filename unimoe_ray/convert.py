@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from unimoe_ray import config
-from unimoe_ray.errors import UsageError
+from unimoe_ray.data.features import TOWER_OF
+from unimoe_ray.errors import UnimoeError, UsageError
 from unimoe_ray.evaluation.evaluate import final_model
+from unimoe_ray.interop.huggingface import UniMoEForConditionalGeneration, UniMoEProcessor
 from unimoe_ray.interop.mixtral import write_mixtral
 from unimoe_ray.interop.tokenizer import wrap_tokenizer
-from unimoe_ray.training.checkpoint import load_model
+from unimoe_ray.mini import source as mini
+from unimoe_ray.training.checkpoint import check_tower, load_model
 
 
 def export(run: Path, form: str, to: Path) -> None:
@@ -41,7 +44,21 @@ def _mixtral(run: Path, folder: Path) -> None:
     wrap_tokenizer(source / "tokenizer.json", model.language.config.max_position_embeddings).save_pretrained(folder)
 
 
-FORMATS = {"mixtral": _mixtral}
+def _huggingface(run: Path, folder: Path) -> None:
+    if _is_model(run):
+        raise UnimoeError(f"{run}: the format hf holds the towers too, which a model folder lacks; give a run folder")
+    source = model_of(run)
+    model, info, _ = load_model(source)
+    towers = mini.towers(config.load_run(run))
+    for modality in info.towers:
+        check_tower(source, info, modality, towers[TOWER_OF[modality]])
+    whole = UniMoEForConditionalGeneration.wrap(model, towers, info.sparse)
+    whole.save_pretrained(folder)
+    tokenizer = wrap_tokenizer(source / "tokenizer.json", model.language.config.max_position_embeddings)
+    UniMoEProcessor.of(whole.config, tokenizer).save_pretrained(folder)
+
+
+FORMATS = {"mixtral": _mixtral, "hf": _huggingface}
 
 
 @contextmanager
