@@ -1,4 +1,4 @@
-"""The command line: ``unimoe prepare | train | eval | chat | serve | report | doctor``."""
+"""The command line: ``unimoe prepare | train | eval | chat | serve | export | report | doctor``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from unimoe_ray import __version__, config
 from unimoe_ray.config import Config
 from unimoe_ray.config.training import STAGES
 from unimoe_ray.errors import UnimoeError, UsageError
+
+EXPORT_FORMATS = ("mixtral", "hf")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -85,6 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
     serve.add_argument("overrides", nargs="*", metavar="serving.sub=value", help="configuration overrides")
     serve.set_defaults(run=_serve)
+
+    export = commands.add_parser("export", help="write a run's model for other software")
+    export.add_argument("run_folder", type=Path, metavar="RUN", help="run folder, such as runs/mini, or model folder")
+    export.add_argument("--format", choices=EXPORT_FORMATS, required=True, help="what reads it")
+    export.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to make")
+    export.set_defaults(run=_export)
 
     report = commands.add_parser("report", help="write report/index.html of a run")
     _with_run(report)
@@ -215,6 +223,14 @@ def _serve(arguments: argparse.Namespace) -> int:
     from serve import launch
 
     launch.run(settings, Console())
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from unimoe_ray import convert
+
+    convert.export(arguments.run_folder, arguments.format, arguments.to)
+    print(arguments.to)
     return 0
 
 

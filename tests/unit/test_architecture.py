@@ -26,7 +26,8 @@ ALLOWED = {
     "training": {"config", "model", "parallel", "data"},
     "evaluation": {"config", "model", "data", "training"},
     "inference": {"config", "model", "parallel", "data"},
-    "interop": {"config", "model"},
+    # Its processor makes prompts of conversations, with our templates.
+    "interop": {"config", "model", "data"},
     "kuberay": {"config"},
     "progress": set(),
     "report": set(),
