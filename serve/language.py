@@ -15,7 +15,6 @@ import torch
 from serve.calls import Started, Task
 from serve.metrics import LanguageMetrics
 from unimoe_ray.config import parse
-from unimoe_ray.data.prompt import encode_prompt
 from unimoe_ray.data.schema import Media, Sample
 from unimoe_ray.inference.async_engine import AsyncEngine
 from unimoe_ray.inference.engine import Engine
@@ -34,10 +33,11 @@ class LanguageModel:
         serving = run.serving
         threads = serving.engine.threads
         torch.set_num_threads(max(1, int(serving.language.num_cpus)) if threads == "auto" else threads)
-        model, info, self._tokenizer = load_model(Path(model_dir))
+        model, info, tokenizer = load_model(Path(model_dir))
+        self._template = info.make_template(tokenizer)
         if serving.language.num_gpus and torch.cuda.is_available():
             model.to("cuda")
-        self._engine = Engine(model, self._tokenizer, serving.engine)
+        self._engine = Engine(model, tokenizer, serving.engine)
         self._experts = tuple(info.model["moe"]["slots"]) if info.sparse else ()
         self._backend: AsyncEngine | None = None
         self._metrics = LanguageMetrics(self._experts)
@@ -45,7 +45,7 @@ class LanguageModel:
     async def generate(self, task: Task, *soft_tokens: np.ndarray) -> AsyncIterator[Started | Output]:
         """``soft_tokens``: [M, H] of each media file, in the order of the placeholders. Raises RequestRefused."""
         sample = Sample("", "", task.turns, tuple(Media(kind, ()) for kind in task.kinds), {})
-        ids = encode_prompt(sample, self._tokenizer)
+        ids = self._template.encode_prompt(sample)
         request = GenerationRequest(task.request_id, ids, list(soft_tokens), task.params, task.alone)
         tokens, ended = 0, False
         try:
