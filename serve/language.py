@@ -15,7 +15,6 @@ import torch
 from serve.calls import Started, Task
 from serve.metrics import LanguageMetrics
 from unimoe_ray.config import parse
-from unimoe_ray.data.prompt import encode_prompt
 from unimoe_ray.data.schema import Media, Sample
 from unimoe_ray.inference.async_engine import AsyncEngine
 from unimoe_ray.inference.engine import Engine
@@ -34,11 +33,12 @@ class LanguageModel:
         serving = run.serving
         threads = serving.engine.threads
         torch.set_num_threads(max(1, int(serving.language.num_cpus)) if threads == "auto" else threads)
-        model, info, self._tokenizer = load_model(Path(model_dir))
+        model, info, tokenizer = load_model(Path(model_dir))
+        self._template = info.make_template(tokenizer)
         on_gpu = bool(serving.language.num_gpus) and torch.cuda.is_available()
         in_bf16 = serving.engine.precision == "bf16" or (serving.engine.precision == "auto" and on_gpu)
         model.to("cuda" if on_gpu else "cpu", torch.bfloat16 if in_bf16 else torch.float32)
-        self._engine = Engine(model, self._tokenizer, serving.engine)
+        self._engine = Engine(model, tokenizer, serving.engine)
         self._experts = tuple(info.model["moe"]["slots"]) if info.sparse else ()
         self._backend: AsyncEngine | None = None
         self._metrics = LanguageMetrics(self._experts)
@@ -47,7 +47,7 @@ class LanguageModel:
         """``soft_tokens``: [M, H] of each media file, in the order of the placeholders. Raises RequestRefused."""
         sample = Sample("", "", task.turns, tuple(Media(kind, ()) for kind in task.kinds), {})
         # Not in the event loop: a long text takes seconds, in which no health check would be answered.
-        ids = await asyncio.to_thread(encode_prompt, sample, self._tokenizer)
+        ids = await asyncio.to_thread(self._template.encode_prompt, sample)
         request = GenerationRequest(task.request_id, ids, list(soft_tokens), task.params, task.alone)
         tokens, ended = 0, False
         try:

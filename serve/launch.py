@@ -67,7 +67,9 @@ def serving(settings: Config, console: Console, stop: threading.Event) -> Iterat
             shown = "127.0.0.1" if options.host == "0.0.0.0" else options.host
             yield f"http://{shown}:{options.port}" if ready else None
         finally:
-            serve.delete(settings.name)  # Not shutdown: other applications may run on a cluster that was joined.
+            serve.delete(settings.name)
+            if cluster.is_local(settings):  # On a cluster that was joined, other applications may run.
+                serve.shutdown()  # Ends the proxies' own processes, which would outlive Ray.
 
 
 def _environment(settings: Config) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from unimoe_ray.config import Config
 from unimoe_ray.data.features import TOWER_OF, decode_media, encode_files
 from unimoe_ray.data.media import BadMedia
-from unimoe_ray.data.prompt import encode_prompt, plain_text
+from unimoe_ray.data.prompt import plain_text
 from unimoe_ray.data.samples import PreparedSample
 from unimoe_ray.data.schema import Media, Sample
 from unimoe_ray.data.store import StoredFeatures
@@ -23,6 +23,7 @@ class Conversation:
     def __init__(self, config: Config, model_dir: Path):
         self._config = config
         self._model, info, self._tokenizer = load_model(model_dir)
+        self._template = info.make_template(self._tokenizer)
         self._towers = load_towers(config)
         for modality in info.towers:
             check_tower(model_dir, info, modality, self._towers[TOWER_OF[modality]])
@@ -42,8 +43,8 @@ class Conversation:
         features = self._features | encoded
         names = [f"{item.kind}/{i}" for i, item in enumerate(sample.media)]
         counts = [self._soft_tokens(name, features[name]) for name in names]
-        prompt = PreparedSample("chat", "chat", sample.group, encode_prompt(sample, self._tokenizer), [], names, counts)
-        limit, new = self._config.model.language.max_positions, self._config.evaluation.max_new_tokens
+        prompt = PreparedSample("chat", "chat", sample.group, self._template.encode_prompt(sample), [], names, counts)
+        limit, new = self._model.max_positions, self._config.evaluation.max_new_tokens
         if prompt.length + new > limit:
             raise UsageError(f"the conversation has {prompt.length} tokens; at most {limit - new} fit, start a new one")
         reply = answer(self._model, self._tokenizer, [prompt], features.__getitem__, batch_size=1, max_new_tokens=new)[

@@ -23,7 +23,7 @@ def connect(config: Config, local_cpus: float | None = None) -> Iterator[None]:
     local_cpus: how many CPUs a cluster made here should say it has; what the training stages need if not given
     """
     _quiet()
-    address = config.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+    address = _address(config)
     if address == "local":
         _prepare_local()
     import ray
@@ -50,6 +50,15 @@ def connect(config: Config, local_cpus: float | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def is_local(config: Config) -> bool:
+    """Whether ``connect`` starts a cluster here, for the length of the command."""
+    return _address(config) == "local"
+
+
+def _address(config: Config) -> str:
+    return config.ray_address or os.environ.get("RAY_ADDRESS") or "local"
 
 
 def _training_cpus(config: Config) -> int:

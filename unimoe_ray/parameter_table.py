@@ -13,7 +13,7 @@ from unimoe_ray.config import Config
 from unimoe_ray.config.model import MODALITIES
 from unimoe_ray.config.training import STAGES
 from unimoe_ray.data.features import TOWER_OF
-from unimoe_ray.model.language import llama_config
+from unimoe_ray.model.language import llama_config, pretrained_config
 from unimoe_ray.model.sizes import active_per_token, total
 from unimoe_ray.model.unimoe import UniMoE
 from unimoe_ray.towers import TOWERS, sketch_tower
@@ -76,7 +76,7 @@ def _architecture(config: Config) -> LlamaConfig:
     """Of the pretrained language model where it is on this machine, else as configured; nothing is downloaded."""
     language = config.model.language
     if language.pretrained is not None and Path(language.pretrained).is_dir():
-        return LlamaConfig.from_pretrained(language.pretrained)
+        return pretrained_config(language)
     return llama_config(language, language.vocab_size)
 
 

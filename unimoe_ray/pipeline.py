@@ -19,12 +19,14 @@ from unimoe_ray.config.training import STAGES
 from unimoe_ray.data import prepare as preparing
 from unimoe_ray.data.encode import EncodeSettings
 from unimoe_ray.data.features import TOWER_OF
+from unimoe_ray.data.pretrained import load_pretrained_tokenizer
 from unimoe_ray.data.tokenizer import load_tokenizer
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.evaluation import evaluate as evaluating
 from unimoe_ray.evaluation.evaluate import Evaluation
 from unimoe_ray.mini import source as mini
 from unimoe_ray.model.connectors import build_connector
+from unimoe_ray.model.language import pretrained_config
 from unimoe_ray.progress import TrainProgress, follow_metrics
 from unimoe_ray.towers import load_tower, load_towers
 from unimoe_ray.training import checkpoint
@@ -126,13 +128,22 @@ def model_info(config: Config) -> ModelInfo:
     """What the dense model of this run is made of. Needs prepared data."""
     preparing.source(config, "train")
     towers = load_towers(config)
+    tokens = load_tokenizer(preparing.tokenizer_path(config)).get_vocab_size()
+    llama, legacy = None, True
+    if (pretrained := config.model.language.pretrained) is not None:
+        llama, legacy = pretrained_config(config.model.language), load_pretrained_tokenizer(pretrained).legacy
+        if tokens > llama.vocab_size:
+            raise UnimoeError(f"{pretrained}: has {tokens} tokens, but embeddings of {llama.vocab_size}")
     return ModelInfo(
         model=config.model.model_dump(mode="json"),
-        vocab_size=load_tokenizer(preparing.tokenizer_path(config)).get_vocab_size(),
+        vocab_size=tokens if llama is None else llama.vocab_size,
         feature_dims={m: towers[TOWER_OF[m]].feature_dim for m in MODALITIES},
         sparse=False,
         towers={m: towers[TOWER_OF[m]].fingerprint() for m in MODALITIES},
         random_towers=config.mini.random_towers,
+        llama=None if llama is None else json.loads(llama.to_json_string()),
+        template=config.data.template,
+        legacy=legacy,
     )
 
 

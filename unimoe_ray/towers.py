@@ -5,26 +5,21 @@
 
 from __future__ import annotations
 
-import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     PreTrainedConfig,
-    PreTrainedModel,
     WhisperConfig,
     WhisperModel,
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils import logging
 
 from unimoe_ray.config import Config
 from unimoe_ray.config.model import PUBLISHED_TOWERS, TowerConfig
@@ -32,6 +27,7 @@ from unimoe_ray.errors import UnimoeError
 from unimoe_ray.mini import source as mini
 from unimoe_ray.mini import towers as small
 from unimoe_ray.model.features import Tower
+from unimoe_ray.model.pretrained import naming, read_config, read_pretrained
 from unimoe_ray.model.towers.beats import Beats, BeatsConfig, BeatsTower, load_beats
 from unimoe_ray.model.towers.clip import ClipTower
 from unimoe_ray.model.towers.whisper import WhisperFullTower
@@ -51,7 +47,6 @@ PUBLISHED_SIZES: dict[str, PreTrainedConfig] = {
     "whisper": WhisperConfig(d_model=768, encoder_layers=12, encoder_attention_heads=12, encoder_ffn_dim=3072),
 }
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
 def load_towers(config: Config) -> dict[str, Tower]:
@@ -78,11 +73,11 @@ def sketch_tower(config: Config, modality: str) -> Tower:
     if name not in PUBLISHED_TOWERS:
         return small.load_towers({modality: name}, None, random=True)[modality]
     here = Path(path).exists()
-    with _named(f"model.towers.{modality}.path", name, path), torch.device("meta"):
+    with naming(f"model.towers.{modality}.path", path, f"{name} weights"), torch.device("meta"):
         if name == "beats":
             found = BeatsConfig.from_published(_beats_checkpoint(path, "meta")["cfg"]) if here else BeatsConfig()
             return BeatsTower(Beats(found))
-        found = _config(type(PUBLISHED_SIZES[name]), path) if here else PUBLISHED_SIZES[name]
+        found = read_config(type(PUBLISHED_SIZES[name]), path) if here else PUBLISHED_SIZES[name]
         return ClipTower(CLIPVisionModel(found)) if name == "clip" else WhisperFullTower(WhisperEncoder(found))
 
 
@@ -90,32 +85,17 @@ def sketch_tower(config: Config, modality: str) -> Tower:
 def _load(key: str, name: str, path: str, max_windows: int | None) -> Tower:
     if not Path(path).exists() and (name == "beats" or not _HUB_NAME.fullmatch(path)):
         raise UnimoeError(f"{key}: {path}: no such file or folder; {name} wants {PUBLISHED_TOWERS[name]}")
-    with _named(key, name, path):
+    with naming(key, path, f"{name} weights"):
         return _PUBLISHED[name](path, max_windows or MAX_WINDOWS)
 
 
-@contextmanager
-def _named(key: str, name: str, path: str) -> Iterator[None]:
-    """What goes wrong with a file as one line that names the key."""
-    try:
-        yield
-    except _UNREADABLE as error:
-        raise UnimoeError(f"{key}: {path}: no {name} weights that can be read ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    """What is wrong; torch says in the second line which tensor does not fit."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[1] if len(lines) > 1 and lines[0].startswith("Error(s) in loading") else lines[0]
-
-
 def _clip(path: str, _: int) -> ClipTower:
-    return ClipTower(_pretrained(CLIPVisionModel, CLIPVisionConfig, path))
+    return ClipTower(read_pretrained(CLIPVisionModel, CLIPVisionConfig, path))
 
 
 def _whisper(path: str, max_windows: int) -> WhisperFullTower:
     """The whole model is read, for its names to fit, and the decoder dropped."""
-    return WhisperFullTower(_pretrained(WhisperModel, WhisperConfig, path).encoder, max_windows)
+    return WhisperFullTower(read_pretrained(WhisperModel, WhisperConfig, path).encoder, max_windows)
 
 
 def _beats(path: str, max_windows: int) -> BeatsTower:
@@ -131,40 +111,3 @@ def _beats_checkpoint(path: str, device: str) -> Mapping[str, Any]:
 
 
 _PUBLISHED: dict[str, Callable[[str, int], Tower]] = {"clip": _clip, "whisper": _whisper, "beats": _beats}
-
-
-def _pretrained(kind: type[PreTrainedModel], config: type[PreTrainedConfig], path: str) -> Any:
-    """``from_pretrained`` in fp32, but strict: weights that the files lack would otherwise be random.
-
-    Raises ValueError naming the first of them, or the other kind of model that the folder holds.
-    """
-    found = _config(config, path)
-    with _quiet():
-        network, report = kind.from_pretrained(path, config=found, dtype=torch.float32, output_loading_info=True)
-    missing = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
-    if missing:
-        raise ValueError(f"{len(missing)} tensors are missing or of another shape, such as {missing[0]}")
-    return network
-
-
-def _config(kind: type[PreTrainedConfig], path: str) -> PreTrainedConfig:
-    """Of the encoder, out of the ``config.json`` of a whole model too. Raises ValueError for another kind of model."""
-    settings, _ = kind.get_config_dict(path)
-    family = settings.get("model_type", "")
-    if family.split("_")[0] != kind.model_type.split("_")[0]:
-        raise ValueError(f"its config.json is of a '{family}' model" if family else "it has no config.json")
-    return kind.from_pretrained(path)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars, and no list of the weights that are left over (CLIP's text encoder)."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -67,6 +67,7 @@ def main(run: Path, port: int) -> None:
         settings.serving.engine.max_running += 1
         deploy(settings)
     serve.delete(settings.name)
+    serve.shutdown()
     ray.shutdown()
 
 

@@ -78,9 +78,10 @@ def wide_run(tmp_path_factory) -> TinyRun:
 @pytest.fixture(scope="module")
 def app(request, wide_run) -> Iterator[StandIns]:
     port = free_port()
+    haproxy_ports = {f"RAY_SERVE_HAPROXY_{name}_PORT": str(free_port()) for name in ("METRICS", "STATS")}
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.serving.stand_ins", str(wide_run.config.run_dir), str(port)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | MODES[request.param],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | MODES[request.param] | haproxy_ports,
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -14,6 +14,9 @@ class DataConfig(Strict):
 
     dir: str = "data"
     source: str = Field("mini", description="'mini', or a folder with train.json, dev.json and test.json")
+    template: Literal["compact", "vicuna_v1"] = Field(
+        "compact", description="how conversations become tokens; vicuna_v1 with model.language.pretrained"
+    )
     voice_as: Literal["speech", "audio"] = "speech"
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     max_pixels: int = Field(64_000_000, ge=1)

@@ -21,7 +21,8 @@ _MAX_WINDOWS = "windows of 30 s that a file may have; 20 if not given; what is b
 
 
 class LanguageConfig(Strict):
-    """A LLaMA: read from ``pretrained`` (folder or hub name) or, without it, made of these sizes."""
+    """A LLaMA: read from ``pretrained`` (folder or hub name) or, without it, made of these sizes. With it, of the sizes
+    only ``max_positions`` counts; a dry run shows the others until the checkpoint is on this machine."""
 
     pretrained: str | None = None
     hidden_size: int = Field(256, ge=8)

@@ -8,7 +8,7 @@ from types import NoneType
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from unimoe_ray.config.base import Strict
 from unimoe_ray.config.data import DataConfig, MiniConfig
@@ -36,6 +36,18 @@ class Config(Strict):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     serving: ServingConfig = ServingConfig()
+
+    @model_validator(mode="after")
+    def _template_and_tokenizer_agree(self) -> Config:
+        pretrained = self.model.language.pretrained
+        if self.data.template == "vicuna_v1" and pretrained is None:
+            raise ValueError("data.template is vicuna_v1, which needs the tokenizer of a model.language.pretrained")
+        if self.data.template == "compact" and pretrained is not None:
+            raise ValueError(
+                "data.template is compact, whose tokenizer is trained on the data; model.language.pretrained has its "
+                "own: set data.template=vicuna_v1"
+            )
+        return self
 
     @property
     def run_dir(self) -> Path:

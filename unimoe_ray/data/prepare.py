@@ -10,14 +10,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from unimoe_ray.config import Config
 from unimoe_ray.data.encode import EncodeSettings, encode_missing
-from unimoe_ray.data.prompt import encode_prompt, encode_sample
+from unimoe_ray.data.pretrained import PretrainedTokenizer, load_pretrained_tokenizer
 from unimoe_ray.data.samples import PreparedSample, Source, write_samples
 from unimoe_ray.data.schema import BadSample, Media, Sample, parse_record
 from unimoe_ray.data.store import FeatureStore, content_key, partition_dir
+from unimoe_ray.data.template import Template, make_template
 from unimoe_ray.data.tokenizer import load_tokenizer, train_tokenizer
 from unimoe_ray.errors import UnimoeError
 
@@ -65,7 +64,9 @@ def prepare(
     soft_tokens(kind, window lengths) tells how many soft tokens a file becomes.
     Raises UnimoeError past ``data.max_bad_fraction``.
     """
-    stamp = _stamp(config, root, settings)
+    language = config.model.language
+    pretrained = None if language.pretrained is None else load_pretrained_tokenizer(language.pretrained)
+    stamp = _stamp(config, root, settings, pretrained)
     done = data_dir(config) / "prepared.json"
     if done.is_file():
         found = json.loads(done.read_text())
@@ -83,7 +84,7 @@ def prepare(
     names = {split: _name_media(split, items, media, quarantine) for split, items in samples.items()}
     broken, encoded = encode_missing(media, settings, workers, lambda n, of: on_progress("encoding media", n, of))
 
-    tokenizer = _tokenizer(config, samples["train"])
+    template = _template(config, samples["train"], pretrained)
     partitions = {kind: str(partition_dir(Path(settings.root), kind, f)) for kind, f in settings.fingerprints.items()}
     stores = {kind: FeatureStore(Path(folder)) for kind, folder in partitions.items()}
     summary = Prepared(media=len(media), encoded=encoded)
@@ -97,10 +98,10 @@ def prepare(
             if reason:
                 quarantine.append({"split": split, "id": sample.id, "reason": reason})
                 continue
-            row = _tokenise(sample, names[split][sample.id], tokenizer, stores, soft_tokens, split != "train")
+            row = _tokenise(sample, names[split][sample.id], template, stores, soft_tokens, split != "train")
             answer = 0 if split == "train" else config.evaluation.max_new_tokens
-            if row.length + answer > config.model.language.max_positions:
-                limit = config.model.language.max_positions
+            if row.length + answer > language.max_positions:
+                limit = language.max_positions
                 kept = f" and {answer} kept for the answer" if answer else ""
                 reason = f"{row.length} tokens with media{kept}; model.language.max_positions is {limit}"
                 quarantine.append({"split": split, "id": sample.id, "reason": reason})
@@ -174,18 +175,22 @@ def _broken_media(names: list[str] | None, broken: dict[str, str]) -> str | None
     return next((broken[name] for name in names or () if name in broken), None)
 
 
-def _tokenizer(config: Config, train: list[Sample]) -> Tokenizer:
+def _template(config: Config, train: list[Sample], pretrained: PretrainedTokenizer | None) -> Template:
+    """With the pretrained language model's tokenizer or one trained on the texts, which is then in the run folder."""
     path = tokenizer_path(config)
-    texts = sorted({text for sample in train for turn in sample.turns for text in turn})
     path.parent.mkdir(parents=True, exist_ok=True)
+    if pretrained is not None:
+        pretrained.tokenizer.save(str(path))
+        return make_template(config.data.template, *pretrained)
+    texts = sorted({text for sample in train for turn in sample.turns for text in turn})
     train_tokenizer(texts, config.model.language.vocab_size).save(str(path))
-    return load_tokenizer(path)
+    return make_template(config.data.template, load_tokenizer(path))
 
 
 def _tokenise(
     sample: Sample,
     names: list[str],
-    tokenizer: Tokenizer,
+    template: Template,
     stores: dict[str, FeatureStore],
     soft_tokens: Callable[[str, list[int]], int],
     prompt_only: bool,
@@ -195,9 +200,9 @@ def _tokenise(
         kind, key = name.split("/")
         counts.append(soft_tokens(kind, stores[kind].lengths(key)))
     if prompt_only:
-        ids, labels = encode_prompt(sample, tokenizer), []
+        ids, labels = template.encode_prompt(sample), []
     else:
-        encoded = encode_sample(sample, tokenizer)
+        encoded = template.encode_sample(sample)
         ids, labels = encoded.ids, encoded.labels
     return PreparedSample(sample.id, sample.task, sample.group, ids, labels, names, counts)
 
@@ -212,7 +217,7 @@ def _quarantine(config: Config, entries: list[dict[str, Any]], total: int) -> No
         )
 
 
-def _stamp(config: Config, root: Path, settings: EncodeSettings) -> str:
+def _stamp(config: Config, root: Path, settings: EncodeSettings, pretrained: PretrainedTokenizer | None) -> str:
     """A hash of all that decides what is prepared."""
     digest = hashlib.sha256()
     for split in SPLITS:
@@ -228,5 +233,7 @@ def _stamp(config: Config, root: Path, settings: EncodeSettings) -> str:
         settings.fingerprints,
         str(root),
     ]
+    if pretrained is not None:
+        parts += [data.template, pretrained.tokenizer.to_str(), pretrained.legacy]
     digest.update(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()

@@ -39,7 +39,7 @@ class Engine:
     def __init__(self, model: UniMoE, tokenizer: Tokenizer, config: EngineConfig):
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         language = model.language.config
-        self.max_positions = language.max_position_embeddings
+        self.max_positions = model.max_positions
         embedding = model.language.get_input_embeddings()
         auto = config.max_running * self.max_positions
         self.arena = KVArena(

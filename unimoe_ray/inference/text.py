@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.decoders import DecodeStream
+
+from unimoe_ray.inference.pieces import PieceStream, is_sentencepiece, piece_bytes
 
 
 class TextStream:
@@ -18,7 +20,10 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
         self._tokenizer = tokenizer
         self._stop = stop
-        self._stream = DecodeStream(skip_special_tokens=True)
+        if is_sentencepiece(tokenizer):
+            self._step = PieceStream(tokenizer).step
+        else:
+            self._step = partial(DecodeStream(skip_special_tokens=True).step, tokenizer)
         self._tokens: list[int] = []
         self._decoded = 0
         self._pending = ""
@@ -29,7 +34,7 @@ class TextStream:
         """Text that this token makes certain. ``stopped`` is set when a stop string is complete; the text before it
         has then been given out."""
         self._tokens.append(token)
-        piece = self._stream.step(self._tokenizer, token) or ""
+        piece = self._step(token) or ""
         self._decoded += len(piece)
         self._pending += piece
         if self._cut_at_stop():
@@ -76,6 +81,8 @@ class TextStream:
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
     """The bytes that one token stands for; a special token's are its name."""
     piece = tokenizer.id_to_token(token) or ""
+    if is_sentencepiece(tokenizer):
+        return piece_bytes(piece)
     alphabet = _byte_alphabet()
     if all(character in alphabet for character in piece):
         return bytes(alphabet[character] for character in piece)

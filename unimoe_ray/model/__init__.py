@@ -1,1 +1,1 @@
-"""The model: torch and transformers only. No Ray, no DeepSpeed, no file reading."""
+"""The model: torch and transformers only. No Ray, no DeepSpeed, no files but checkpoints (``pretrained``)."""

@@ -9,7 +9,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from unimoe_ray.config.model import LanguageConfig
+from unimoe_ray.errors import UsageError
 from unimoe_ray.model.moe import MoELayer, RoutingStats
+from unimoe_ray.model.pretrained import naming, read_config, read_pretrained
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -76,11 +78,27 @@ def llama_config(config: LanguageConfig, vocab_size: int) -> LlamaConfig:
     )
 
 
+def pretrained_config(config: LanguageConfig) -> LlamaConfig:
+    """Of the pretrained LLaMA that the configuration names. Raises UnimoeError when there is none that can be read,
+    UsageError when sequences of ``max_positions`` are longer than it was made for."""
+    with naming("model.language.pretrained", config.pretrained, "LLaMA"):
+        found = read_config(LlamaConfig, config.pretrained)
+    if config.max_positions > found.max_position_embeddings:
+        raise UsageError(
+            f"model.language.max_positions is {config.max_positions}; {config.pretrained} takes at most "
+            f"{found.max_position_embeddings}"
+        )
+    return found
+
+
 def build_llama(config: LanguageConfig, vocab_size: int) -> LlamaForCausalLM:
-    """A randomly initialised LLaMA of these sizes, or the pretrained one that the configuration names."""
-    if config.pretrained is not None:
-        return LlamaForCausalLM.from_pretrained(config.pretrained, attn_implementation="sdpa", dtype=torch.float32)
-    return LlamaForCausalLM(llama_config(config, vocab_size))
+    """A randomly initialised LLaMA of these sizes, or the pretrained one that the configuration names, in fp32. Raises
+    as ``pretrained_config``."""
+    if config.pretrained is None:
+        return LlamaForCausalLM(llama_config(config, vocab_size))
+    pretrained_config(config)
+    with naming("model.language.pretrained", config.pretrained, "LLaMA"):
+        return read_pretrained(LlamaForCausalLM, LlamaConfig, config.pretrained)
 
 
 def upcycle(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from unimoe_ray.config.model import IGNORE_INDEX, MODALITIES, PLACEHOLDER_IDS, ModelConfig
+from unimoe_ray.errors import UnimoeError
 from unimoe_ray.model.connectors import build_connector
 from unimoe_ray.model.features import Features
 from unimoe_ray.model.language import RoutingRecorder, build_llama, upcycle
@@ -86,6 +87,11 @@ class UniMoE(nn.Module):
             {m: build_connector(m, feature_dims[m], hidden, config.connector_of(m), config.video) for m in MODALITIES}
         )
 
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence, soft tokens and answer included."""
+        return min(self.config.language.max_positions, self.language.config.max_position_embeddings)
+
     def make_sparse(self) -> None:
         """Upcycle the language model to the configured mixture (copies of its own feed-forward layers)."""
         moe, llama = self.config.moe, self.language
@@ -109,7 +115,8 @@ class UniMoE(nn.Module):
 
     def forward(self, batch: Batch) -> Loss:
         """Loss of a right-padded batch. Padding is to the right of every token, so causal attention never sees it
-        and no attention mask is needed."""
+        and no attention mask is needed. Raises UnimoeError when it is longer than ``max_positions``."""
+        self._check_length(batch, 0)
         embeddings = self.embed(batch)
         self.recorder.start(batch.mask.reshape(-1))
         decoder = self.language.get_decoder()
@@ -124,7 +131,9 @@ class UniMoE(nn.Module):
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, eos_token_id: int) -> torch.Tensor:
-        """Greedy answers with a KV cache for a left-padded batch of prompts: [B, <= max_new_tokens] ids, 0-padded."""
+        """Greedy answers with a KV cache for a left-padded batch of prompts: [B, <= max_new_tokens] ids, 0-padded.
+        Raises UnimoeError when prompt and answer may become longer than ``max_positions``."""
+        self._check_length(batch, max_new_tokens)
         self.recorder.start(None)
         return self.language.generate(
             inputs_embeds=self.embed(batch),
@@ -134,6 +143,12 @@ class UniMoE(nn.Module):
             eos_token_id=eos_token_id,
             pad_token_id=0,
         )
+
+    def _check_length(self, batch: Batch, new_tokens: int) -> None:
+        length = batch.input_ids.shape[1]
+        if length + new_tokens > self.max_positions:
+            answer = f" and {new_tokens} kept for the answer" if new_tokens else ""
+            raise UnimoeError(f"{length} tokens with media{answer}; the model takes at most {self.max_positions}")
 
     def _anchor(self) -> torch.Tensor | None:
         """Zero, touching every trainable connector before the main path: ranks whose batch lacks a modality must

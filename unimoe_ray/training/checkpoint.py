@@ -15,8 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
+from transformers import LlamaConfig
 
 from unimoe_ray.config.model import ModelConfig
+from unimoe_ray.data.template import Template, make_template
 from unimoe_ray.data.tokenizer import load_tokenizer
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.model.connectors import build_connector
@@ -26,7 +28,12 @@ from unimoe_ray.model.unimoe import UniMoE
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is needed to build the model of a folder. towers: fingerprint of each modality's tower."""
+    """What is needed to build the model of a folder, and to talk to it.
+
+    towers: fingerprint of each modality's tower
+    llama: architecture of a pretrained language model; without it, as ``model`` states
+    template, legacy: see ``data.template.make_template``
+    """
 
     model: dict[str, Any]
     vocab_size: int
@@ -34,12 +41,21 @@ class ModelInfo:
     sparse: bool
     towers: dict[str, str]
     random_towers: bool
+    llama: dict[str, Any] | None = None
+    template: str = "compact"
+    legacy: bool = True
 
-    def build(self) -> UniMoE:
-        model = UniMoE(ModelConfig.model_validate(self.model), self.vocab_size, self.feature_dims)
+    def build(self, *, pretrained: bool = False) -> UniMoE:
+        """``pretrained``: with the weights of the language model that the configuration names, if it names one; else
+        they are random, for a checkpoint's to be loaded."""
+        llama = None if pretrained or self.llama is None else LlamaConfig.from_dict(self.llama)
+        model = UniMoE(ModelConfig.model_validate(self.model), self.vocab_size, self.feature_dims, llama)
         if self.sparse:
             model.make_sparse()
         return model
+
+    def make_template(self, tokenizer: Tokenizer) -> Template:
+        return make_template(self.template, tokenizer, self.legacy)
 
 
 def checkpoint_dir(run_dir: Path, stage: str, run: str) -> Path:

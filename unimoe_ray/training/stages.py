@@ -43,8 +43,8 @@ def parents(config: Config, stage: str) -> list[tuple[str, str]]:
 
 def start_model(config: Config, info: ModelInfo, stage: str) -> UniMoE:
     """The model at the start of a stage, from the checkpoints of those before. ``info`` describes a dense model."""
-    model = info.build()
     before = [(s, run) for s, run in parents(config, stage) if s != "experts"]
+    model = info.build(pretrained=not before)
     for number, (s, run) in enumerate(before):
         folder = checkpoint_dir(config.run_dir, s, run)
         if number == 0:
