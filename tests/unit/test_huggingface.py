@@ -27,8 +27,9 @@ from unimoe_ray.data.features import TOWER_OF
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.evaluation.evaluate import final_model
 from unimoe_ray.interop.huggingface import UniMoEConfig, UniMoEForConditionalGeneration, UniMoEProcessor
-from unimoe_ray.interop.huggingface.configuration import explicit_language, feature_dims
+from unimoe_ray.interop.huggingface.configuration import feature_dims
 from unimoe_ray.interop.huggingface.towers import build_tower, describe_tower
+from unimoe_ray.interop.language import explicit_language
 from unimoe_ray.mini import source as mini
 from unimoe_ray.model.towers.beats import Beats, BeatsConfig, BeatsTower
 from unimoe_ray.model.towers.clip import ClipTower

@@ -54,10 +54,14 @@ def build_connector(
     decoder = WhisperConfig(
         vocab_size=1,
         pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=0,
         d_model=feature_dim,
         decoder_layers=queries.num_layers,
         decoder_attention_heads=queries.num_heads,
         decoder_ffn_dim=queries.intermediate_size,
         dropout=queries.dropout,
+        max_target_positions=queries.positions,
     )
     return WhisperDecoderConnector(decoder, queries.number, hidden_size, rms)
