@@ -11,6 +11,7 @@ from unimoe_ray.config.serving import LimitsConfig
 from unimoe_ray.data.prompt import plain_text
 from unimoe_ray.inference.request import SamplingParams
 
+MAX_TEXT = 1_000_000  # characters of all texts; to find that a model can't take 50 MB, it would take minutes
 _SOUNDS = {"speech": "speech", "sound": "audio"}
 
 
@@ -40,26 +41,32 @@ def read_conversation(request: ChatRequest, voice_as: str, limits: LimitsConfig)
     turns: list[tuple[str, str]] = []
     media: list[MediaPart] = []
     question: list[str] = []
+    is_asked = False  # by a user, not by instructions alone
     for number, message in enumerate(request.messages):
         where = f"messages.{number}.content"
         if message.role != "assistant":
-            question += _question(message, where, voice_as, media)
+            texts = _question(message, where, voice_as, media)
+            is_asked |= message.role == "user" and any(text.strip() for text in texts)
+            question += texts
             continue
         answer = _text_only(message, where)
         if question:
             turns.append(("\n".join(question), answer))
-            question = []
+            question, is_asked = [], False
         elif turns:  # An answer in several messages.
             turns[-1] = (turns[-1][0], f"{turns[-1][1]}\n{answer}")
         else:
             raise _bad("the conversation begins with an answer; a user message must come first", where)
     if request.messages[-1].role != "user":
         raise _bad("the last message must be the user's", f"messages.{len(request.messages) - 1}.role")
-    if not any(text.strip() for text in question):
+    if not is_asked:
         raise _bad("nothing to answer: give text or a media file", f"messages.{len(request.messages) - 1}.content")
     if len(media) > limits.max_media:
         raise _bad(f"{len(media)} media files; at most {limits.max_media} are allowed", "messages")
-    return Conversation((*turns, ("\n".join(question), "")), tuple(media))
+    turns.append(("\n".join(question), ""))
+    if (size := sum(len(text) for turn in turns for text in turn)) > MAX_TEXT:
+        raise _bad(f"{size} characters of text; at most {MAX_TEXT} are allowed", "messages")
+    return Conversation(tuple(turns), tuple(media))
 
 
 def sampling_params(request: ChatRequest) -> SamplingParams:

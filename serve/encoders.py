@@ -24,7 +24,7 @@ from unimoe_ray.data.features import TOWER_OF, decode_media, encode_windows
 from unimoe_ray.data.media import SAMPLE_RATE, BadMedia, MediaBytes
 from unimoe_ray.data.schema import Media
 from unimoe_ray.inference.soft_tokens import soft_tokens
-from unimoe_ray.mini import source as mini
+from unimoe_ray.towers import load_tower
 from unimoe_ray.training.checkpoint import check_tower, load_connectors
 
 logger = logging.getLogger("ray.serve")
@@ -56,12 +56,13 @@ class Encoder:
         folder = Path(model_dir)
         self._device = "cuda" if settings.num_gpus and torch.cuda.is_available() else "cpu"
         torch.set_num_threads(max(1, int(settings.num_cpus)))
-        self._tower = mini.towers(run)[tower].to(self._device)
+        self._tower = load_tower(run, tower).to(self._device)
         self._connectors, info = load_connectors(folder, self._kinds)
         self._connectors.to(self._device)
         for kind in self._kinds:
             check_tower(folder, info, kind, self._tower)
         self._frames = run.model.video.frames
+        self._max_positions = run.model.language.max_positions
         self._limits = serving.limits
         self._max_cost = settings.max_batch_cost
         self._batched.set_max_batch_size(settings.max_batch_cost)
@@ -102,6 +103,9 @@ class Encoder:
             decoded = decode_media(Media(file.kind, (MediaBytes(file.data, file.name),)), self._frames, bounds)
         except BadMedia as error:
             raise MediaRefused(str(error)) from None
+        soft = self._connectors[file.kind].soft_tokens(self._tower.tokens_for(decoded))
+        if soft >= self._max_positions:
+            raise MediaRefused(f"{file.name}: becomes {soft} tokens; the model's context is {self._max_positions}")
         windows = self._tower.preprocess(decoded)
         cost = len(windows) if file.kind in ("image", "video") else -(-len(decoded) // SAMPLE_RATE)
         return windows, max(1, cost)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from serve.chat import MB, Chat, server_sent
 from serve.errors import ApiError
@@ -41,10 +44,11 @@ class ApiKeys:
         self._hashes: list[bytes] | None = None
         if path is not None:
             try:
-                lines = Path(path).read_text(encoding="utf-8").splitlines()
+                lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 raise UnimoeError(f"serving.api_keys_file {path}: {error}") from None
-            self._hashes = [_digest(line.strip()) for line in lines if line.strip() and not line.startswith("#")]
+            keys = [line.strip() for line in lines]
+            self._hashes = [_digest(key.encode()) for key in keys if key and not key.startswith("#")]
             if not self._hashes:
                 raise UnimoeError(f"serving.api_keys_file {path}: holds no key (one per line)")
 
@@ -53,14 +57,14 @@ class ApiKeys:
         if self._hashes is None:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip())
+        given = _digest(key.strip().encode("latin-1"))  # The bytes that came: headers are decoded so.
         matches = [hmac.compare_digest(given, known) for known in self._hashes]
         if scheme.lower() != "bearer" or not any(matches):
             raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Endpoint:
 
 
 def build_app(endpoint: Endpoint) -> FastAPI:
-    app = FastAPI(title="unimoe_ray", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="unimoe_ray", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     created = int(time.time())
     guarded = [Depends(endpoint.keys.check)]
     errors = _error_responses()
@@ -91,7 +95,20 @@ def build_app(endpoint: Endpoint) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         """Routes and methods that do not exist."""
-        return await api_error(request, ApiError(error.status_code, str(error.detail), code="not_found"))
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        answer = await api_error(request, ApiError(error.status_code, str(error.detail), code=code))
+        answer.headers.update(error.headers or {})
+        return answer
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(request: Request, error: ClientDisconnect) -> JSONResponse:
+        """The client went before its request was here; nobody reads this answer."""
+        return await api_error(request, ApiError(400, "the request broke off"))
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        """A mistake of ours: Starlette raises the error again once the answer is sent, for the log."""
+        return await api_error(request, ApiError(500, f"the server failed ({type(error).__name__})"))
 
     @app.post(
         "/v1/chat/completions",
@@ -102,15 +119,20 @@ def build_app(endpoint: Endpoint) -> FastAPI:
     async def chat_completions(request: Request) -> Response:
         arrived = time.monotonic()
         deadline = arrived + endpoint.limits.request_seconds
-        chat = parse_chat(await _body(request, int(endpoint.limits.max_body_mb * MB)))
+        chat = parse_chat(await _body(request, endpoint.limits))
         task, files = await endpoint.chat.prepare(chat, _request_id(request))
+        asker = f" user={chat.user!r}" if chat.user else ""
+
+        def log(status: int, text: str) -> None:
+            _log(endpoint, request, status, f"{text} in {time.monotonic() - arrived:.3f} s{asker}")
+
         if not chat.stream:
             answer = await endpoint.chat.complete(chat, task, files, deadline)
-            _log(endpoint, request, 200, _summary(answer["usage"], arrived, chat))
+            log(200, f"{answer['usage']['prompt_tokens']}+{answer['usage']['completion_tokens']} tokens")
             return JSONResponse(answer)
         events = endpoint.chat.stream(chat, task, files, deadline)
         first = await anext(events)  # What fails before the first token is an ordinary error answer.
-        lines = _lines(first, events, lambda status, text: _log(endpoint, request, status, text))
+        lines = _lines(first, events, log)
         return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     @app.get("/v1/models", dependencies=guarded, responses=errors)
@@ -123,6 +145,7 @@ def build_app(endpoint: Endpoint) -> FastAPI:
             raise ApiError(404, f"the model '{name[:80]}' does not exist", "model", "model_not_found")
         return model_object(endpoint.model, created)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses={503: errors[503]})
     async def health() -> dict[str, str]:
         if reason := await endpoint.healthy():
@@ -133,14 +156,16 @@ def build_app(endpoint: Endpoint) -> FastAPI:
     async def metrics() -> Response:
         return Response(await endpoint.metrics(), media_type="text/plain; version=0.0.4")
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(UI / "index.html", headers=PAGE_HEADERS, media_type="text/html")
 
+    @app.head("/ui/{name}", include_in_schema=False)
     @app.get("/ui/{name}", include_in_schema=False)
     async def asset(name: str) -> FileResponse:
         path = UI / name
-        if path.suffix not in MEDIA_TYPES or path.parent != UI or not path.is_file():
+        if path.suffix not in MEDIA_TYPES or path not in UI.iterdir():
             raise ApiError(404, "no such file", code="not_found")
         return FileResponse(path, headers=PAGE_HEADERS, media_type=MEDIA_TYPES[path.suffix])
 
@@ -165,36 +190,36 @@ async def _lines(
         await events.aclose()
 
 
-async def _body(request: Request, limit: int) -> bytes:
-    """Raises ApiError 413 before more than ``limit`` bytes are kept."""
-    too_large = ApiError(413, f"the request is larger than {limit // MB} MB", code="request_too_large")
+async def _body(request: Request, limits: LimitsConfig) -> bytes:
+    """Raises ApiError: 413 before more than the limit is kept, 408 when the client is too slow."""
+    limit = int(limits.max_body_mb * MB)
+    too_large = ApiError(413, f"the request is larger than {limits.max_body_mb:g} MB", code="request_too_large")
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
+    if declared.isdecimal() and int(declared) > limit:
         raise too_large
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise too_large
-        parts.append(part)
+    try:
+        async with asyncio.timeout(limits.request_seconds):
+            async for part in request.stream():
+                size += len(part)
+                if size > limit:
+                    raise too_large
+                parts.append(part)
+    except TimeoutError:
+        raise ApiError(408, f"the request did not arrive within {limits.request_seconds:g} s", code="timeout") from None
     return b"".join(parts)
 
 
 def _request_id(request: Request) -> str:
-    """Serve's, which is the client's own X-Request-ID if it sent one."""
-    return (
-        request.headers.get("x-request-id", "")[:128] or hashlib.sha256(str(time.time_ns()).encode()).hexdigest()[:32]
-    )
+    """Serve's, which is the client's own X-Request-ID if it sent one; made unique: a client may send it twice."""
+    given = request.headers.get("x-request-id", "").strip()[:128]
+    return f"{given or 'request'}-{secrets.token_hex(4)}"
 
 
 def _log(endpoint: Endpoint, request: Request, status: int, text: str) -> None:
     endpoint.answered(status)
-    logger.info(f"{request.method} {request.url.path} {status} {text}")
-
-
-def _summary(usage: dict[str, int], arrived: float, chat: ChatRequest) -> str:
-    took = f"{usage['prompt_tokens']}+{usage['completion_tokens']} tokens in {time.monotonic() - arrived:.3f} s"
-    return f"{took} user={chat.user!r}" if chat.user else took
+    line = f"{request.method} {request.scope['path'][:200]} {status} {text}"
+    logger.info("".join(letter if letter.isprintable() else "?" for letter in line))
 
 
 _REQUEST = {"$ref": "#/components/schemas/ChatRequest"}
@@ -222,6 +247,7 @@ def _error_responses() -> dict[int, dict[str, Any]]:
         400: "The request can't be answered as it is; the message names the part at fault.",
         401: "No valid API key.",
         404: "No such model or path.",
+        408: "The request itself did not arrive in time.",
         413: "The request, or a file in it, is too large.",
         429: "Too many requests are waiting; see Retry-After.",
         500: "The model failed.",

@@ -35,8 +35,9 @@ class LanguageModel:
         threads = serving.engine.threads
         torch.set_num_threads(max(1, int(serving.language.num_cpus)) if threads == "auto" else threads)
         model, info, self._tokenizer = load_model(Path(model_dir))
-        if serving.language.num_gpus and torch.cuda.is_available():
-            model.to("cuda")
+        on_gpu = bool(serving.language.num_gpus) and torch.cuda.is_available()
+        in_bf16 = serving.engine.precision == "bf16" or (serving.engine.precision == "auto" and on_gpu)
+        model.to("cuda" if on_gpu else "cpu", torch.bfloat16 if in_bf16 else torch.float32)
         self._engine = Engine(model, self._tokenizer, serving.engine)
         self._experts = tuple(info.model["moe"]["slots"]) if info.sparse else ()
         self._backend: AsyncEngine | None = None
@@ -45,7 +46,8 @@ class LanguageModel:
     async def generate(self, task: Task, *soft_tokens: np.ndarray) -> AsyncIterator[Started | Output]:
         """``soft_tokens``: [M, H] of each media file, in the order of the placeholders. Raises RequestRefused."""
         sample = Sample("", "", task.turns, tuple(Media(kind, ()) for kind in task.kinds), {})
-        ids = encode_prompt(sample, self._tokenizer)
+        # Not in the event loop: a long text takes seconds, in which no health check would be answered.
+        ids = await asyncio.to_thread(encode_prompt, sample, self._tokenizer)
         request = GenerationRequest(task.request_id, ids, list(soft_tokens), task.params, task.alone)
         tokens, ended = 0, False
         try:

@@ -15,12 +15,15 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from serve.errors import ApiError
 
+# A body of small values would take a hundred times its size in memory. Commas and brackets in texts count too.
+MAX_VALUES = 100_000
 # Parameters of the real API that this server does not have; others that it does not know are likelier typing errors.
 KNOWN_ELSEWHERE = frozenset(
     (
-        *("audio", "best_of", "function_call", "functions", "logit_bias", "metadata", "min_p", "modalities"),
-        *("parallel_tool_calls", "prediction", "prompt_cache_key", "reasoning_effort", "repetition_penalty"),
-        *("safety_identifier", "service_tier", "store", "tool_choice", "tools", "verbosity", "web_search_options"),
+        *("audio", "best_of", "function_call", "functions", "include_obfuscation", "logit_bias", "metadata", "min_p"),
+        *("modalities", "name", "parallel_tool_calls", "prediction", "prompt_cache_key", "reasoning_effort", "refusal"),
+        *("repetition_penalty", "safety_identifier", "service_tier", "store", "tool_call_id", "tool_calls"),
+        *("tool_choice", "tools", "verbosity", "web_search_options"),
     )
 )
 
@@ -83,12 +86,24 @@ class InputAudioPart(Strict):
 Part = Annotated[TextPart | ImagePart | VideoPart | AudioPart | InputAudioPart, Field(discriminator="type")]
 
 
-def _form(value: Any) -> str:
-    return "parts" if isinstance(value, list) else "text"
+def _form(value: Any) -> str | None:
+    return {list: "several", str: "one"}.get(type(value))
+
+
+def _one_or(several: str) -> Discriminator:
+    """A string or a list, told apart by their type, so that an error is about the one that it is."""
+    return Discriminator(
+        _form, custom_error_type="form", custom_error_message=f"Input should be a string or a list of {several}"
+    )
 
 
 Content = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[Part], Field(min_length=1), Tag("parts")], Discriminator(_form)
+    Annotated[str, Tag("one")] | Annotated[list[Part], Field(min_length=1), Tag("several")], _one_or("parts")
+]
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
+Stop = Annotated[
+    Annotated[StopString, Tag("one")] | Annotated[list[StopString], Field(max_length=4), Tag("several")],
+    _one_or("strings"),
 ]
 
 
@@ -106,33 +121,40 @@ class ResponseFormat(Strict):
 
 
 class ChatRequest(Strict):
-    """The body of POST /v1/chat/completions."""
+    """The body of POST /v1/chat/completions. A parameter that is null has its default."""
 
     model: str
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, description="default: what the context has room for")
     max_tokens: int | None = Field(None, ge=1, description="the older name of max_completion_tokens")
-    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False, description="0 is greedy")
-    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
-    top_k: int = Field(0, ge=0, le=2**31, description="0: all")
-    n: Literal[1] = 1
+    temperature: float | None = Field(1.0, ge=0, le=2, allow_inf_nan=False, description="0 is greedy")
+    top_p: float | None = Field(1.0, gt=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(0, ge=0, le=2**31, description="0: all")
+    n: int | None = Field(1, ge=1, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = Field(None, description="up to 4 strings before which the answer ends")
-    stream: bool = False
+    stop: Stop | None = Field(None, description="up to 4 strings before which the answer ends")
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
-    logprobs: bool = False
+    logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
-    presence_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float | None = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
+    presence_penalty: float | None = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
     response_format: ResponseFormat | None = None
     user: str | None = Field(None, max_length=256, description="written to the server's log beside the request id")
-    expert_load: bool = Field(False, description="report which experts the tokens of each modality were routed to")
+    expert_load: bool | None = Field(
+        False, description="report which experts the tokens of each modality were routed to"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_for_null(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in body.items() if value is not None or name not in optional}
 
     @model_validator(mode="after")
     def _agrees(self) -> ChatRequest:
-        stops = self.stops()
-        if len(stops) > 4 or any(not 0 < len(stop) <= 256 for stop in stops):
-            raise ValueError("stop: 1 to 4 strings of 1 to 256 characters are allowed")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens are both given and differ")
         if self.top_logprobs is not None and not self.logprobs:
@@ -147,38 +169,40 @@ class ChatRequest(Strict):
 
 def parse_chat(body: bytes) -> ChatRequest:
     """Raises ApiError 400 that names the part of the request at fault."""
+    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise ApiError(400, f"the body has more than {MAX_VALUES} commas and brackets", code="invalid_json")
     try:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
-        raise _explain(error.errors(include_url=False)[0], body) from None
+        raise _explain(error.errors(include_url=False, include_input=False)[0], body) from None
 
 
 def _explain(error: Any, body: bytes) -> ApiError:
     if error["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {error['ctx']['error']}", code="invalid_json")
-    param = _path(error["loc"], body)
-    name = param.split(".")[-1] if param else ""
-    message = error["msg"].removeprefix("Value error, ")
+    param = _path(error["loc"], json.loads(body), error["type"] in ("missing", "extra_forbidden"))
+    name = str(error["loc"][-1]) if param else ""
+    message = error["msg"].removeprefix("Value error, ")[:500]
     if error["type"] == "extra_forbidden":
-        message = f"'{name[:80]}' is not supported by this server" if name in KNOWN_ELSEWHERE else _unknown(name)
-        return ApiError(400, message, param, "unsupported_parameter")
+        message = f"'{name}' is not supported by this server" if name in KNOWN_ELSEWHERE else _unknown(name, param)
+        return ApiError(400, message, param[:200], "unsupported_parameter")
     if error["type"] == "missing":
         return ApiError(400, f"{param}: is missing", param, "missing_required_parameter")
     return ApiError(400, f"{param}: {message}" if param else message, param or None, "invalid_value")
 
 
-def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name[:80], ChatRequest.model_fields, n=1)
-    return f"unknown parameter '{name[:80]}'" + (f"; did you mean '{near[0]}'?" if near else "")
+def _unknown(name: str, param: str) -> str:
+    near = difflib.get_close_matches(name[:80], ChatRequest.model_fields, n=1) if name == param else []
+    return f"unknown parameter '{param[:200]}'" + (f"; did you mean '{near[0]}'?" if near else "")
 
 
-def _path(loc: tuple[int | str, ...], body: bytes) -> str:
-    """The dotted place in the body; pydantic puts the names of union members between its parts."""
-    here: Any = json.loads(body)
+def _path(loc: tuple[int | str, ...], here: Any, is_name: bool) -> str:
+    """The dotted place in the body; pydantic puts the names of union members between its parts. ``is_name``: the last
+    part is the name of a parameter, there or missing."""
     parts = []
     for number, part in enumerate(loc):
         inside = part in here if isinstance(here, dict) else isinstance(here, list) and part in range(len(here))
-        if inside or number == len(loc) - 1:
+        if inside or (is_name and number == len(loc) - 1):
             parts.append(str(part))
             here = here[part] if inside else None
     return ".".join(parts)

@@ -17,6 +17,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.errors import ApiError
 
 MAX_TRIES = 3
+# Headers by which a client would steer Serve itself: switch off its cancellation, set its time limit, choose replicas.
+STEERING = (
+    *(b"x-request-disconnect-disabled", b"x-request-timeout-seconds"),
+    *(b"serve-multiplexed-model-id", b"x-session-id"),
+)
 # A larger request is not kept for a second try.
 MAX_KEPT_BYTES = 64 * 2**20
 RETRY_AFTER_S = 2
@@ -37,6 +42,13 @@ class SurviveIngress:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        # Serve decodes some headers as UTF-8, and fails where they are not.
+        headers = [
+            (name, value.decode("utf-8", "replace").encode())
+            for name, value in scope.get("headers", ())
+            if name.lower().replace(b"_", b"-") not in STEERING
+        ]
+        scope = dict(scope, headers=headers)
         request = _Replayable(receive)
         for _ in range(MAX_TRIES):
             answer = _Answer(send)

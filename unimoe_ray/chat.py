@@ -13,7 +13,7 @@ from unimoe_ray.data.schema import Media, Sample
 from unimoe_ray.data.store import StoredFeatures
 from unimoe_ray.errors import UnimoeError, UsageError
 from unimoe_ray.evaluation.answer import answer
-from unimoe_ray.mini import source as mini
+from unimoe_ray.towers import load_towers
 from unimoe_ray.training.checkpoint import check_tower, load_model
 
 
@@ -23,7 +23,7 @@ class Conversation:
     def __init__(self, config: Config, model_dir: Path):
         self._config = config
         self._model, info, self._tokenizer = load_model(model_dir)
-        self._towers = mini.towers(config)
+        self._towers = load_towers(config)
         for modality in info.towers:
             check_tower(model_dir, info, modality, self._towers[TOWER_OF[modality]])
         self._turns: list[tuple[str, str]] = []

@@ -123,10 +123,13 @@ def _with_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder, such as runs/mini")
 
 
-def _job(arguments: argparse.Namespace, work: Callable) -> int:
+def _job(arguments: argparse.Namespace, work: Callable, comments: Callable[[Config], str] | None = None) -> int:
+    """``comments`` follow the configuration that a dry run prints."""
     settings = config.load(arguments.config, arguments.overrides)
     if arguments.dry_run:
         print(config.dump(settings), end="")
+        if comments is not None:
+            print(comments(settings), end="")
         return 0
     from unimoe_ray import pipeline
 
@@ -151,7 +154,12 @@ def _train(arguments: argparse.Namespace) -> int:
         pipeline.prepare(settings, progress)
         pipeline.train(settings, arguments.stage, progress)
 
-    return _job(arguments, work)
+    def comments(settings: Config) -> str:
+        from unimoe_ray.parameter_table import parameter_table
+
+        return "".join(f"# {line}\n" for line in parameter_table(settings))
+
+    return _job(arguments, work, comments)
 
 
 def _eval(arguments: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ from unimoe_ray.evaluation.evaluate import Evaluation
 from unimoe_ray.mini import source as mini
 from unimoe_ray.model.connectors import build_connector
 from unimoe_ray.progress import TrainProgress, follow_metrics
+from unimoe_ray.towers import load_tower, load_towers
 from unimoe_ray.training import checkpoint
 from unimoe_ray.training.checkpoint import ModelInfo
 
@@ -59,14 +60,14 @@ def session(config: Config) -> Iterator[TrainProgress]:
 def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
     """The suite (for the embedded default), the feature store and the tokenised samples."""
     root = mini.suite(config, progress.message) if config.data.source == "mini" else Path(config.data.source)
-    towers = mini.towers(config)
+    towers = load_towers(config)
     dims = {modality: towers[TOWER_OF[modality]].feature_dim for modality in MODALITIES}
     settings = EncodeSettings(
         root=str(Path(config.data.dir).resolve() / "features"),
         fingerprints={m: _fingerprint(config, m, towers[TOWER_OF[m]].fingerprint()) for m in MODALITIES},
         frames=config.model.video.frames,
         data=config.data,
-        load_towers=partial(mini.towers, config),
+        load_tower=partial(load_tower, config),
     )
     connectors = {
         m: build_connector(m, dims[m], 1, config.model.connector_of(m), config.model.video) for m in MODALITIES
@@ -124,7 +125,7 @@ def _train_stage(config: Config, stage: str, progress: TrainProgress) -> None:
 def model_info(config: Config) -> ModelInfo:
     """What the dense model of this run is made of. Needs prepared data."""
     preparing.source(config, "train")
-    towers = mini.towers(config)
+    towers = load_towers(config)
     return ModelInfo(
         model=config.model.model_dump(mode="json"),
         vocab_size=load_tokenizer(preparing.tokenizer_path(config)).get_vocab_size(),

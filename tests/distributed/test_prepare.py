@@ -20,11 +20,8 @@ from unimoe_ray.data.features import TOWER_OF, decode_media, encode_files
 from unimoe_ray.data.loader import read_features
 from unimoe_ray.data.samples import SampleTable
 from unimoe_ray.data.schema import parse_record
-from unimoe_ray.mini.towers import load_towers
 from unimoe_ray.model.connectors import build_connector
-
-NAMES = {"image": "efficientnet_lite0", "speech": "whisper_tiny_en", "audio": "yamnet"}
-LOAD = partial(load_towers, NAMES, None, random=True)
+from unimoe_ray.towers import load_tower, load_towers
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +96,14 @@ BAD = {
 
 def test_good_files_are_encoded_once_and_broken_ones_are_quarantined(cluster, tmp_path):
     make_files(tmp_path / "source")
-    towers = LOAD()
-    fingerprints = {kind: towers[TOWER_OF[kind]].fingerprint() for kind in MODALITIES}
     changes = {"data": {"max_bad_fraction": 0.6}, "model": {"language": {"max_positions": 128}}}
+    changes["mini"] = {"random_towers": True}
+    towers = load_towers(tiny_config(tmp_path, **changes))
+    fingerprints = {kind: towers[TOWER_OF[kind]].fingerprint() for kind in MODALITIES}
 
     def prepare(name: str):
         config = tiny_config(tmp_path, name=name, **changes)
-        settings = EncodeSettings(str(tmp_path / "features"), fingerprints, 2, config.data, LOAD)
+        settings = EncodeSettings(str(tmp_path / "features"), fingerprints, 2, config.data, partial(load_tower, config))
         video, connector = config.model.video, config.model.connector
         connectors = {m: build_connector(m, towers[TOWER_OF[m]].feature_dim, 1, connector, video) for m in MODALITIES}
         seen = []

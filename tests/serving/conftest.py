@@ -18,6 +18,7 @@ import psutil
 import pytest
 import requests
 
+from tests.serving.scripted import no_traceback, site  # noqa: F401 fixtures
 from tests.serving.sites import names  # noqa: F401 a fixture
 from tests.tiny import TinyRun, make_servable_run
 from unimoe_ray.config import Config

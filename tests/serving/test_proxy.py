@@ -16,7 +16,7 @@ def body(data: bytes, more: bool = False) -> dict:
     return {"type": "http.response.body", "body": data, "more_body": more}
 
 
-def ask(app, *messages: dict) -> list[dict]:
+def ask(app, *messages: dict, headers: tuple = ()) -> list[dict]:
     """Messages that the client gets for a request in two pieces (or the messages given)."""
     pieces = messages or (
         {"type": "http.request", "body": b"one ", "more_body": True},
@@ -32,7 +32,7 @@ def ask(app, *messages: dict) -> list[dict]:
     async def send(message: dict) -> None:
         sent.append(message)
 
-    asyncio.run(SurviveIngress(app)({"type": "http"}, receive, send))
+    asyncio.run(SurviveIngress(app)({"type": "http", "headers": headers}, receive, send))
     return sent
 
 
@@ -127,3 +127,21 @@ def test_a_large_request_is_not_kept(monkeypatch):
 
     start, _ = ask(app)
     assert tries == [b"one two"] and start["status"] == 503
+
+
+def test_clients_do_not_steer_serve():
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.extend(scope["headers"])
+        await send(START)
+        await send(body(b""))
+
+    given = [
+        (b"x-request-id", b"a\xff"),
+        (b"X-Request-Disconnect-Disabled", b"1"),
+        (b"x_session_id", b"s"),
+        (b"accept", b"*"),
+    ]
+    ask(app, headers=tuple(given))
+    assert seen == [(b"x-request-id", "a\ufffd".encode()), (b"accept", b"*")]

@@ -71,7 +71,7 @@ def wide_run(tmp_path_factory) -> TinyRun:
     return make_servable_run(
         tmp_path_factory.mktemp("wide"),
         model={"language": language | {"max_positions": 4096}},
-        serving={"engine": {"kv_tokens": 16384}},
+        serving={"engine": {"kv_tokens": 16384}, "image": {"max_ongoing_requests": 8, "max_queued_requests": 8}},
     )
 
 
@@ -127,6 +127,18 @@ def test_a_file_that_crashes_its_encoder_is_refused_after_the_second_time(app):
     assert again.status_code == 400 and again.elapsed.total_seconds() < 1
     assert app.post(image(DEADLY + b" in another way"), QUESTION).status_code == 400
     assert app.ask(innocent[0], QUESTION)["choices"] == answers[0].json()["choices"]
+
+
+@the_other_slow
+def test_too_many_requests_are_asked_to_come_back(app):
+    """Eight files at a time and eight that wait are all that this encoder takes."""
+    with ThreadPoolExecutor(40) as pool:
+        answers = list(pool.map(lambda n: app.post(image(bytes([0, 1, 0, n])), QUESTION), range(40)))
+    assert {answer.status_code for answer in answers} == {200, 429}
+    for answer in answers:
+        if answer.status_code == 429:
+            assert answer.headers["retry-after"] == "2" and answer.json()["error"]["code"] == "busy"
+    assert app.post(image(bytes([0, 1, 0, 39])), QUESTION).status_code == 200
 
 
 @the_other_slow

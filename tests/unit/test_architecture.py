@@ -21,6 +21,8 @@ ALLOWED = {
     "parallel": {"config", "model"},
     "data": {"config"},
     "mini": {"config", "model", "data"},
+    "towers": {"config", "model", "mini"},
+    "parameter_table": {"config", "model", "data", "towers", "training"},
     "training": {"config", "model", "parallel", "data"},
     "evaluation": {"config", "model", "data", "training"},
     "inference": {"config", "model", "parallel", "data"},

@@ -138,6 +138,20 @@ def test_hidden_states_do_not_depend_on_chunks_or_company():
     torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5, rtol=1e-5)
 
 
+def test_a_model_in_bf16():
+    """Weights, cache and soft tokens in bf16; logits and routing in fp32."""
+    model = make_model().to(torch.bfloat16)
+    engine = Engine(model, TOKENIZER, config())
+    rng = random.Random(0)
+    requests = [make_request(i, rng) for i in range(6)]
+    outputs = run(engine, requests, [0, 1, 2, 3, 4, 5])
+    assert engine.arena.keys[0].dtype == torch.bfloat16
+    alone = {r.id: tokens_of(run(Engine(model, TOKENIZER, config()), [r])[r.id]) for r in requests}
+    assert all(parts[-1].finish_reason in ("stop", "length") for parts in outputs.values())
+    # Rounding may part two runs, but not from the start.
+    assert all(tokens_of(outputs[name])[:1] == tokens[:1] for name, tokens in alone.items())
+
+
 def test_a_request_is_admitted_when_its_tokens_fit_the_budget():
     """Two of 20 + 12 - 1 tokens do not fit in 60: the second waits for the first."""
     engine = Engine(MODEL, TOKENIZER, config(kv_tokens=60, max_step_tokens=64))

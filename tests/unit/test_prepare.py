@@ -39,7 +39,7 @@ class Project:
     def settings(self) -> EncodeSettings:
         fingerprints = {kind: f"{kind}-tower" for kind in MODALITIES}
         store = str(Path(self.config.data.dir) / "features")
-        return EncodeSettings(store, fingerprints, 2, self.config.data, load_towers=dict)
+        return EncodeSettings(store, fingerprints, 2, self.config.data, load_tower=dict)
 
     def prepare(self) -> preparing.Prepared:
         return preparing.prepare(self.config, self.root, self.settings(), lambda _, n: sum(n), 1, lambda *_: None)

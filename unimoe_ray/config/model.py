@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,13 @@ from unimoe_ray.config.base import Strict
 MODALITIES = ("image", "video", "audio", "speech")
 PLACEHOLDER_IDS = {"image": -200, "audio": -300, "video": -400, "speech": -500}
 IGNORE_INDEX = -100
+# What ``path`` names for each published tower.
+PUBLISHED_TOWERS = {
+    "clip": "the folder or hub name of a CLIP model (openai/clip-vit-large-patch14-336)",
+    "whisper": "the folder or hub name of a Whisper model (openai/whisper-small)",
+    "beats": "the file of a BEATs checkpoint (BEATs_iter3_plus_AS2M.pt)",
+}
+_MAX_WINDOWS = "windows of 30 s that a file may have; 20 if not given; what is beyond is cut, with a warning"
 
 
 class LanguageConfig(Strict):
@@ -117,12 +124,49 @@ class VideoConfig(Strict):
         return self
 
 
-class TowersConfig(Strict):
-    """Names of the frozen encoders. Videos go to the image tower, frame by frame."""
+class TowerConfig(Strict):
+    """A frozen encoder: a small one of the embedded default by ``name`` alone (a plain string will do), a published one
+    with the ``path`` of its weights."""
 
-    image: Literal["efficientnet_lite0"] = "efficientnet_lite0"
-    speech: Literal["whisper_tiny_en"] = "whisper_tiny_en"
-    audio: Literal["yamnet"] = "yamnet"
+    name: str
+    path: str | None = Field(None, description="folder, file or hub name of a published encoder's weights")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _published_ones_have_files(self) -> TowerConfig:
+        wanted = PUBLISHED_TOWERS.get(self.name)
+        if wanted and not self.path:
+            raise ValueError(f"{self.name} needs a path: {wanted}")
+        given = sorted(set(type(self).model_fields) - {"name"})
+        if not wanted and (extra := [key for key in given if getattr(self, key) is not None]):
+            raise ValueError(f"{self.name} takes no {extra[0]}; those that do: {', '.join(PUBLISHED_TOWERS)}")
+        return self
+
+
+class ImageTowerConfig(TowerConfig):
+    name: Literal["efficientnet_lite0", "clip"] = "efficientnet_lite0"
+
+
+class SpeechTowerConfig(TowerConfig):
+    name: Literal["whisper_tiny_en", "whisper"] = "whisper_tiny_en"
+    max_windows: int | None = Field(None, ge=1, description=_MAX_WINDOWS)
+
+
+class AudioTowerConfig(TowerConfig):
+    name: Literal["yamnet", "beats"] = "yamnet"
+    max_windows: int | None = Field(None, ge=1, description=_MAX_WINDOWS)
+
+
+class TowersConfig(Strict):
+    """The frozen encoders. Videos go to the image tower, frame by frame."""
+
+    image: ImageTowerConfig = ImageTowerConfig()
+    speech: SpeechTowerConfig = SpeechTowerConfig()
+    audio: AudioTowerConfig = AudioTowerConfig()
 
 
 class ModelConfig(Strict):

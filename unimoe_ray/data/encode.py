@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -20,13 +21,14 @@ from unimoe_ray.errors import UnimoeError, root_cause
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """What an encoding actor needs. ``load_towers`` is called once in each actor."""
+    """What an encoding actor needs. ``load_tower`` gives the tower of a modality: image, audio or speech. Each actor
+    asks for those that it needs, once."""
 
     root: str
     fingerprints: dict[str, str]
     frames: int
     data: DataConfig
-    load_towers: Callable[[], dict]
+    load_tower: Callable[[str], Any]
 
 
 class EncodeBlock:
@@ -37,7 +39,7 @@ class EncodeBlock:
 
         torch.set_num_threads(1)
         self.settings = settings
-        self.towers = settings.load_towers()
+        self.towers: dict[str, Any] = {}
 
     def __call__(self, block: pa.Table) -> pa.Table:
         settings = self.settings
@@ -51,9 +53,14 @@ class EncodeBlock:
             except BadMedia as error:
                 reasons.append(str(error))
         if good:
-            stored = encode_files(self.towers[TOWER_OF[modality]], decoded)
+            stored = encode_files(self._tower(TOWER_OF[modality]), decoded)
             write_block(partition_dir(Path(settings.root), modality, settings.fingerprints[modality]), good, stored)
         return pa.table({"modality": block["modality"], "key": keys, "reason": pa.array(reasons, pa.string())})
+
+    def _tower(self, name: str) -> Any:
+        if name not in self.towers:
+            self.towers[name] = self.settings.load_tower(name)
+        return self.towers[name]
 
 
 def encode_missing(

@@ -20,13 +20,18 @@ MAX_PIXELS = 64_000_000
 MAX_SECONDS = 600.0
 # Beyond these a header is damaged, and resampling would take gigabytes.
 RATES = (1_000, 768_000)
+MAX_FRAMES = 40_000  # some 10 minutes at 60 a second; nearly empty frames cost few bytes, but time
+KEPT_BYTES = 256 * 2**20  # pictures of a video that are kept while it is decoded
+PIECE = 16_384  # sound frames decoded at a time
+# Integers that were written as floats pass; the power of much louder ones is no number any more.
+LOUDEST = 2.0**32
 # Formats that hold all their data: a playlist would make the decoder open what it names, an EPS file run a program.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mp3,ogg,flac,wav,aac"
 # What damaged files make Pillow's parsers raise.
 _BROKEN_IMAGE = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError),
-    *(struct.error, zlib.error, Image.DecompressionBombError),
+    *(struct.error, zlib.error, Image.DecompressionBombError, RuntimeError),  # RuntimeError: AVIF
 )
 
 Source = str | Path | BinaryIO
@@ -50,10 +55,7 @@ def load_image(path: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path, formats=IMAGE_FORMATS) as image:
-                if image.width * image.height > max_pixels:
-                    raise BadMedia(
-                        f"{_name(path)}: {image.width} x {image.height} pixels; at most {max_pixels} are allowed"
-                    )
+                _check_size(image, max_pixels, path)
                 upright = ImageOps.exif_transpose(image)
                 if upright.mode.startswith("I;16"):  # Pillow would clip these greys instead of scaling them.
                     upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
@@ -66,11 +68,16 @@ def load_image(path: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def load_audio(path: Source, max_seconds: float = MAX_SECONDS) -> np.ndarray:
     """A mono waveform at 16 kHz, float32 [samples] in -1..1; the sound track of a video file. Raises BadMedia."""
-    wave = _decode_with_av(path, max_seconds) if _is_container(path) else _read(path, max_seconds)
+    try:
+        wave = _decode_with_av(path, max_seconds) if _is_container(path) else _read(path, max_seconds)
+    except (av.error.FFmpegError, soundfile.LibsndfileError, OSError, ValueError) as error:
+        raise BadMedia(f"{_name(path)}: {_reason(error)}") from None
     if not len(wave):
         raise BadMedia(f"{_name(path)}: has no sound samples")
     if not np.isfinite(wave).all():
         raise BadMedia(f"{_name(path)}: has samples that are not finite")
+    if max(wave.max(), -wave.min()) > LOUDEST:
+        raise BadMedia(f"{_name(path)}: has samples far outside of -1 to 1")
     return wave
 
 
@@ -87,17 +94,19 @@ def load_video(
             stream = container.streams.video[0]
             if stream.codec_context is None:
                 raise BadMedia(f"{_name(path)}: has a video stream of an unknown codec")
-            if stream.width * stream.height > max_pixels:
-                raise BadMedia(
-                    f"{_name(path)}: {stream.width} x {stream.height} pixels; at most {max_pixels} are allowed"
-                )
+            _check_size(stream, max_pixels, path)
             for index, frame in enumerate(container.decode(stream)):
                 if frame.time is not None and frame.time > max_seconds:
                     raise BadMedia(f"{_name(path)}: longer than {max_seconds:g} s")
+                if index >= MAX_FRAMES:
+                    raise BadMedia(f"{_name(path)}: has more than {MAX_FRAMES} frames")
+                _check_size(frame, max_pixels, path)  # It may change on the way.
                 if index % stride == 0:
                     kept.append(frame.to_image())
-                # Bounded memory for long videos: past 16 times the frames wanted, drop every other one.
-                if len(kept) >= 16 * frames:
+                # Bounded memory for long videos: past 16 times the frames wanted (less if they are large), drop every
+                # other one.
+                most = min(16 * frames, KEPT_BYTES // (3 * frame.width * frame.height))
+                if len(kept) >= max(2 * frames, most):
                     kept, stride = kept[::2], stride * 2
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise BadMedia(f"{_name(path)}: {_reason(error)}") from None
@@ -111,21 +120,19 @@ def pick_frames(images: list[Image.Image], frames: int) -> list[Image.Image]:
     return [images[round(i)] for i in np.linspace(0, len(images) - 1, frames)]
 
 
-def _too_large(picture: Image.Image | av.VideoStream, max_pixels: int) -> str:
-    return f"{picture.width} x {picture.height} pixels; at most {max_pixels} are allowed"
+def _check_size(picture: Image.Image | av.VideoStream | av.VideoFrame, max_pixels: int, path: Source) -> None:
+    if picture.width * picture.height > max_pixels:
+        raise BadMedia(f"{_name(path)}: {picture.width} x {picture.height} pixels; at most {max_pixels} are allowed")
 
 
 def _is_container(path: Source) -> bool:
     """Whether the first bytes are those of a format that PyAV reads and libsndfile does not (or reads worse: MP3)."""
-    try:
-        if isinstance(path, str | Path):
-            with open(path, "rb") as file:
-                head = file.read(12)
-        else:
-            head = path.read(12)
-            path.seek(0)
-    except OSError as error:
-        raise BadMedia(f"{_name(path)}: {_reason(error)}") from None
+    if isinstance(path, str | Path):
+        with open(path, "rb") as file:
+            head = file.read(12)
+    else:
+        head = path.read(12)
+        path.seek(0)
     is_mp3 = head[:3] == b"ID3" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0")
     return head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3" or head[8:12] == b"AVI " or is_mp3
 
@@ -139,35 +146,29 @@ def _name(path: Source) -> str:
 
 
 def _read(path: Source, max_seconds: float) -> np.ndarray:
-    try:
-        with soundfile.SoundFile(path) as file:
-            if file.frames > max_seconds * file.samplerate:
-                raise BadMedia(
-                    f"{_name(path)}: {file.frames / file.samplerate:.0f} s long; at most {max_seconds:g} s are allowed"
-                )
-            rate = file.samplerate
-            wave = file.read(dtype="float32", always_2d=True).mean(axis=1)
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise BadMedia(f"{_name(path)}: {_reason(error)}") from None
-    return wave if rate == SAMPLE_RATE else _resample(wave, rate, path)
+    with soundfile.SoundFile(path) as file:
+        if file.frames > max_seconds * file.samplerate:
+            raise BadMedia(
+                f"{_name(path)}: {file.frames / file.samplerate:.0f} s long; at most {max_seconds:g} s are allowed"
+            )
+        # Piece by piece: a file of some kilobytes may hold minutes of silence in hundreds of channels.
+        pieces = (piece.mean(axis=1) for piece in file.blocks(PIECE, dtype="float32", always_2d=True) if len(piece))
+        if file.samplerate == SAMPLE_RATE:
+            return np.concatenate([np.zeros(0, np.float32), *pieces])
+        return _concatenate((_frame(piece, file.samplerate) for piece in pieces), path)
 
 
-def _resample(wave: np.ndarray, rate: int, path: Source) -> np.ndarray:
+def _frame(wave: np.ndarray, rate: int) -> av.AudioFrame:
     frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave[None]), format="flt", layout="mono")
     frame.sample_rate = rate
-    return _concatenate(iter([frame]), path)
+    return frame
 
 
 def _decode_with_av(path: Source, max_seconds: float) -> np.ndarray:
-    try:
-        with _open_container(path) as container:
-            if not container.streams.audio:
-                raise BadMedia(f"{_name(path)}: has no sound track")
-            return _concatenate(
-                container.decode(container.streams.audio[0]), path, limit=int(max_seconds * SAMPLE_RATE)
-            )
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise BadMedia(f"{_name(path)}: {_reason(error)}") from None
+    with _open_container(path) as container:
+        if not container.streams.audio:
+            raise BadMedia(f"{_name(path)}: has no sound track")
+        return _concatenate(container.decode(container.streams.audio[0]), path, limit=int(max_seconds * SAMPLE_RATE))
 
 
 def _concatenate(frames: Iterator[av.AudioFrame], path: Source, limit: int | None = None) -> np.ndarray:
@@ -190,4 +191,6 @@ def _then_none(frames: Iterator[av.AudioFrame]) -> Iterator[av.AudioFrame | None
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """What libsndfile, FFmpeg or the system says; the whole text would name the Python object that is read."""
+    said = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
+    return " ".join(said.split()) or type(error).__name__

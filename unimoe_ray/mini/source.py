@@ -8,9 +8,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from unimoe_ray.config import Config
-from unimoe_ray.mini.assets import fetch
+from unimoe_ray.mini.assets import Assets, fetch
 from unimoe_ray.mini.suite import SuiteScale, build
 from unimoe_ray.mini.towers import load_towers
+from unimoe_ray.model.features import Tower
 
 
 def suite(config: Config, say: Callable[[str], None]) -> Path:
@@ -33,11 +34,18 @@ def suite_hash(config: Config) -> str | None:
     return json.loads((folder / "suite.json").read_text())["hash"]
 
 
-def towers(config: Config) -> dict:
-    """Frozen towers by modality: image, speech, audio."""
-    return _towers(tuple(sorted(config.model.towers.model_dump().items())), config.mini.random_towers)
+def towers(config: Config, modalities: tuple[str, ...] = ("image", "speech", "audio")) -> dict[str, Tower]:
+    """Small frozen towers of these modalities, loaded once in a process. Raises UsageError for a name that is not a
+    small one's."""
+    chosen = config.model.towers
+    return {m: _tower(m, getattr(chosen, m).name, config.mini.random_towers) for m in modalities}
+
+
+@lru_cache(maxsize=6)
+def _tower(modality: str, name: str, random: bool) -> Tower:
+    return load_towers({modality: name}, None if random else _assets(), random=random)[modality]
 
 
 @lru_cache(maxsize=1)
-def _towers(names: tuple[tuple[str, str], ...], random: bool) -> dict:
-    return load_towers(dict(names), None if random else fetch(debian_packages=False), random=random)
+def _assets() -> Assets:
+    return fetch(debian_packages=False)

@@ -56,28 +56,31 @@ class SparseFeedForward(MoELayer):
         return y
 
 
+def llama_config(config: LanguageConfig, vocab_size: int) -> LlamaConfig:
+    """Of the sizes that the configuration states."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        max_position_embeddings=config.max_positions,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=config.tie_embeddings,
+        attn_implementation="sdpa",
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
 def build_llama(config: LanguageConfig, vocab_size: int) -> LlamaForCausalLM:
     """A randomly initialised LLaMA of these sizes, or the pretrained one that the configuration names."""
     if config.pretrained is not None:
         return LlamaForCausalLM.from_pretrained(config.pretrained, attn_implementation="sdpa", dtype=torch.float32)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            max_position_embeddings=config.max_positions,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=config.tie_embeddings,
-            attn_implementation="sdpa",
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    )
+    return LlamaForCausalLM(llama_config(config, vocab_size))
 
 
 def upcycle(

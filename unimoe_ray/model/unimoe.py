@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from unimoe_ray.config.model import IGNORE_INDEX, MODALITIES, PLACEHOLDER_IDS, ModelConfig
 from unimoe_ray.model.connectors import build_connector
@@ -65,13 +66,21 @@ class UniMoE(nn.Module):
     stage, so their features are computed once and stored.
 
     feature_dims: feature dim D of each modality's tower
+    llama: architecture of a language model whose weights are loaded afterwards, or never on the meta device; without
+        it, the language model is the one that the configuration names
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, feature_dims: dict[str, int]):
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        feature_dims: dict[str, int],
+        llama: LlamaConfig | None = None,
+    ):
         super().__init__()
         self.config = config
         self.recorder = RoutingRecorder()
-        self.language = build_llama(config.language, vocab_size)
+        self.language = build_llama(config.language, vocab_size) if llama is None else LlamaForCausalLM(llama)
         hidden = self.language.config.hidden_size
         self.connectors = nn.ModuleDict(
             {m: build_connector(m, feature_dims[m], hidden, config.connector_of(m), config.video) for m in MODALITIES}

@@ -115,6 +115,7 @@ def add_lora(model: UniMoE, lora: LoraConfig) -> None:
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+        warnings.filterwarnings("ignore", category=FutureWarning)  # between peft and transformers
         model.language = get_peft_model(model.language, settings)
 
 

@@ -1,7 +1,7 @@
 """Frozen encoders behind one interface, ``unimoe_ray.model.features.Tower``.
 
 Each module has the network (an ``nn.Module`` filled by ``load_state_dict``) and the tower around it. Nothing here reads
-files: ``unimoe_ray.mini.towers`` does for the small pretrained ones.
+files: ``unimoe_ray.towers`` does for the published ones, ``unimoe_ray.mini.towers`` for the small pretrained ones.
 """
 
 from __future__ import annotations
