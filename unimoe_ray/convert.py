@@ -12,7 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from unimoe_ray import config
+from unimoe_ray.config import Config
 from unimoe_ray.data.features import TOWER_OF
 from unimoe_ray.data.sentencepiece import load_sentencepiece
 from unimoe_ray.errors import UnimoeError, UsageError
@@ -22,7 +25,7 @@ from unimoe_ray.interop.mixtral import write_mixtral
 from unimoe_ray.interop.official.read import Progress, open_checkpoint, write_weights
 from unimoe_ray.interop.official.write import write_official
 from unimoe_ray.interop.tokenizer import wrap_tokenizer
-from unimoe_ray.mini import source as mini
+from unimoe_ray.towers import load_towers
 from unimoe_ray.training.checkpoint import WEIGHTS, ModelInfo, check_tower, load_model, new_model_folder
 
 
@@ -96,17 +99,25 @@ def _mixtral(run: Path, folder: Path) -> None:
 
 
 def _huggingface(run: Path, folder: Path) -> None:
-    if _is_model(run):
-        raise UnimoeError(f"{run}: the format hf holds the towers too, which a model folder lacks; give a run folder")
     source = model_of(run)
     model, info, _ = load_model(source)
-    towers = mini.towers(config.load_run(run))
+    towers = load_towers(_settings(run, info))
     for modality in info.towers:
         check_tower(source, info, modality, towers[TOWER_OF[modality]])
     whole = UniMoEForConditionalGeneration.wrap(model, towers, info.sparse)
+    if not torch.cuda.is_available():
+        # transformers asks DeepSpeed, which would print on stdout that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     whole.save_pretrained(folder)
     tokenizer = wrap_tokenizer(source / "tokenizer.json", model.language.config.max_position_embeddings)
     UniMoEProcessor.of(whole.config, tokenizer).save_pretrained(folder)
+
+
+def _settings(run: Path, info: ModelInfo) -> Config:
+    """Of a run folder; of a model folder, what it says of its towers."""
+    if not _is_model(run):
+        return config.load_run(run)
+    return config.parse({"model": info.model, "mini": {"random_towers": info.random_towers}})
 
 
 def _official(run: Path, folder: Path) -> None:

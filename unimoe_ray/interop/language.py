@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from transformers import LlamaConfig
 
 from unimoe_ray.config.model import LanguageConfig, ModelConfig
 from unimoe_ray.errors import UnimoeError
-from unimoe_ray.model.language import build_llama
+from unimoe_ray.model.language import llama_config
 from unimoe_ray.model.unimoe import UniMoE
 
 
@@ -36,9 +35,3 @@ def explicit_language(llama: LlamaConfig) -> LanguageConfig:
         if found != wanted:
             raise UnimoeError(f"a language model with {name} {found} can't be written, only with {wanted}")
     return sizes
-
-
-def llama_config(sizes: LanguageConfig, vocab_size: int) -> LlamaConfig:
-    """Of the LLaMA that these sizes make, without making its weights."""
-    with torch.device("meta"):
-        return build_llama(sizes, vocab_size).config

@@ -15,6 +15,7 @@ from unimoe_ray.config.model import (
     ModelConfig,
     MoEConfig,
     QueriesConfig,
+    TowersConfig,
     VideoConfig,
 )
 from unimoe_ray.errors import UnimoeError
@@ -26,6 +27,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 SLOTS_8E = ("audiocap", "basev", "base", "base1", "base4", "base7", "base", "base7")
 HEAD_SIZE = 64  # of BLIP-2's Q-Former and of every Whisper
 AUDIO_FEATURES = 768  # of BEATs and of Whisper-small
+# Official configurations name folders of their authors' cluster.
+PUBLISHED_TOWERS = TowersConfig.model_validate(
+    {
+        "image": {"name": "clip", "path": "openai/clip-vit-large-patch14-336"},
+        "speech": {"name": "whisper", "path": "openai/whisper-small"},
+        "audio": {"name": "beats", "path": "BEATs_iter3_plus_AS2M.pt"},
+    }
+)
 OURS = "unimoe_ray"  # in a config.json that we wrote: our whole configuration
 
 
@@ -55,6 +64,7 @@ def model_config(config: Mapping[str, Any], shapes: Shapes) -> ModelConfig:
             connector=ConnectorConfig(type="mlp2x_gelu", match_text_rms=False),
             connectors=ConnectorsConfig(**connectors),
             video=VideoConfig(frames=8, pooling="mean"),
+            towers=PUBLISHED_TOWERS,
         )
     except KeyError as error:
         raise UnimoeError(f"config.json: {error.args[0]} is missing") from None
