@@ -1,4 +1,4 @@
-"""The command line: ``unimoe prepare | train | eval | chat | serve | export | report | doctor``."""
+"""The command line: ``unimoe prepare | train | eval | chat | serve | export | import | report | doctor``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unimoe_ray.config import Config
 from unimoe_ray.config.training import STAGES
 from unimoe_ray.errors import UnimoeError, UsageError
 
-EXPORT_FORMATS = ("mixtral", "hf")
+EXPORT_FORMATS = ("mixtral", "hf", "official")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -93,6 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--format", choices=EXPORT_FORMATS, required=True, help="what reads it")
     export.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to make")
     export.set_defaults(run=_export)
+
+    importer = commands.add_parser("import", help="make a model folder of a published checkpoint")
+    importer.add_argument("--from", dest="form", choices=["official"], required=True, help="what wrote it")
+    importer.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="base checkpoint, then what tunes it")
+    importer.add_argument("--to", type=Path, required=True, metavar="OUT", help="model folder to make")
+    importer.set_defaults(run=_import)
 
     report = commands.add_parser("report", help="write report/index.html of a run")
     _with_run(report)
@@ -230,6 +236,18 @@ def _export(arguments: argparse.Namespace) -> int:
     from unimoe_ray import convert
 
     convert.export(arguments.run_folder, arguments.format, arguments.to)
+    print(arguments.to)
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from unimoe_ray import convert
+
+    def show(done: int, total: int) -> None:
+        print(f"unimoe: file {done + 1} of {total}", file=sys.stderr)
+
+    for line in convert.summary(convert.import_official(arguments.folders, arguments.to, show)):
+        print(line)
     print(arguments.to)
     return 0
 

@@ -7,11 +7,12 @@ from transformers import Blip2QFormerConfig, WhisperConfig
 
 from tests.golden.case import Case
 from unimoe_ray.config.model import ConnectorConfig, VideoConfig
+from unimoe_ray.interop.official import names
 from unimoe_ray.model.connectors import QFormerConnector, WhisperDecoderConnector, build_connector
 from unimoe_ray.model.connectors.queries import QueryConnector
 from unimoe_ray.model.features import Features
 
-UNUSED = "decoder.audio_decoder.embed_tokens.weight"
+UNUSED = names.UNUSED_TABLE.removeprefix(names.ALIGNER)
 
 
 def windows(values: torch.Tensor) -> Features:

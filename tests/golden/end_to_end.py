@@ -2,64 +2,45 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Callable
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Blip2QFormerConfig, CLIPVisionConfig, CLIPVisionModel, WhisperConfig
+from safetensors.torch import save_file
+from transformers import CLIPVisionConfig, CLIPVisionModel, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from tests.golden.case import Case
-from tests.golden.connectors import UNUSED
-from tests.golden.language import language_config, watch_routers, without_buffers
+from tests.golden.language import watch_routers, without_buffers
 from tests.golden.splicing import expand_rows, unpadded
-from unimoe_ray.config.model import PLACEHOLDER_IDS, ConnectorConfig, ModelConfig, VideoConfig
-from unimoe_ray.model.connectors import QFormerConnector, QueryConnector, WhisperDecoderConnector
+from unimoe_ray.config.model import PLACEHOLDER_IDS, VideoConfig
+from unimoe_ray.convert import import_official
+from unimoe_ray.data.tokenizer import train_tokenizer
+from unimoe_ray.interop.official import names
 from unimoe_ray.model.features import Features
-from unimoe_ray.model.language import upcycle
+from unimoe_ray.model.language import SparseFeedForward
 from unimoe_ray.model.towers import FrozenTower
 from unimoe_ray.model.towers.beats import BeatsTower, load_beats
 from unimoe_ray.model.towers.clip import ClipTower
 from unimoe_ray.model.towers.whisper import WhisperFullTower
 from unimoe_ray.model.unimoe import Batch, UniMoE
-
-ALIGNER = "model.mm_audio_aligner."
-# Official names that are not the language model's; each is loaded strictly where it belongs. What is left out: the
-# unused Whisper model beside the speech tower, and the unused table of the aligner.
-ELSEWHERE = ("model.mm_projector.", "model.vision_tower.", "model.audio_tower.", ALIGNER, "model.query_tokens")
+from unimoe_ray.training.checkpoint import load_model
 
 
 def end_to_end_audio(case: Case) -> None:
-    def tower() -> FrozenTower:
-        network = load_beats({"cfg": case.config["beats_cfg"], "model": case.weights("model.audio_tower.audio_tower.")})
-        return BeatsTower(network, window=case.config["window_samples"])
-
-    def connector() -> QueryConnector:
-        qformer = Blip2QFormerConfig(**case.config["qformer"])
-        connector = QFormerConnector(qformer, case.config["query_tokens_size"], case.config["hidden_size"])
-        connector.load_state_dict(case.weights(ALIGNER))
-        return connector
-
-    _compare(case, "audio", tower(), connector(), lambda windows: windows[..., :-1])
+    network = load_beats({"cfg": case.config["beats_cfg"], "model": case.weights(names.AUDIO_TOWER)})
+    tower = BeatsTower(network, window=case.config["window_samples"])
+    _compare(case, "audio", tower, lambda windows: windows[..., :-1])
 
 
 def end_to_end_speech(case: Case) -> None:
-    whisper = WhisperConfig(**case.config["whisper"])
-
-    def tower() -> FrozenTower:
-        encoder = WhisperEncoder(whisper)
-        encoder.load_state_dict(case.weights("model.audio_tower.audio_tower."))
-        return WhisperFullTower(encoder)
-
-    def connector() -> QueryConnector:
-        connector = WhisperDecoderConnector(whisper, case.config["query_tokens_size"], case.config["hidden_size"])
-        weights = case.weights(ALIGNER)
-        del weights[UNUSED]
-        connector.load_state_dict(weights | {"query_tokens": case.weights()["model.query_tokens"]})
-        return connector
-
-    _compare(case, "speech", tower(), connector(), lambda windows: windows)
+    encoder = WhisperEncoder(WhisperConfig(**case.config["whisper"]))
+    encoder.load_state_dict(case.weights(names.AUDIO_TOWER))
+    _compare(case, "speech", WhisperFullTower(encoder), lambda windows: windows)
 
 
 @torch.no_grad()
@@ -67,15 +48,14 @@ def _compare(
     case: Case,
     modality: str,
     tower: FrozenTower,
-    connector: QueryConnector,
     spectrogram: Callable[[np.ndarray], np.ndarray],
 ) -> None:
     """``modality``: what ``<audio>`` placeholders are here; ``spectrogram``: the part of a tower's input windows that
     the case stores."""
-    model = _model(case, modality, connector)
+    model = _imported(case)
     features = _image_features(case, model) | {modality: _sounds(case, tower, spectrogram)}
     case.check("audio_tower", features[modality].values)
-    case.check("audio_tokens", connector(features[modality]).values)
+    case.check("audio_tokens", model.connectors[modality](features[modality]).values)
 
     batch = _batch(case, modality, model, features)
     case.check("spliced_attention_mask", batch.mask)
@@ -95,32 +75,28 @@ def _compare(
     case.check("logits_row0_inference", model.language(inputs_embeds=first).logits)
 
 
-def _model(case: Case, modality: str, connector: QueryConnector) -> UniMoE:
-    config = case.config
-    settings = ModelConfig(
-        language=language_config(case),
-        connector=ConnectorConfig(type=config["mm_projector_type"], match_text_rms=False),
-        video=VideoConfig(frames=case.inputs["videos"].shape[1], pooling="mean"),
-    )
-    seen, heard = config["mm_hidden_size"], config["mm_audio_hidden_size"]
-    dims = {"image": seen, "video": seen, "audio": heard, "speech": heard}
-    model = UniMoE(settings, config["vocab_size"], dims)
-    upcycle(
-        model.language, case.spec["moe_layers"], config["num_experts"], config["num_experts_per_tok"], model.recorder
-    )
-    weights = without_buffers(case.weights())
-    language = {name: tensor for name, tensor in weights.items() if not name.startswith(ELSEWHERE)}
-    model.language.load_state_dict(language)
-    for kind in ("image", "video"):
-        model.connectors[kind].projection.load_state_dict(case.weights("model.mm_projector."))
-    model.connectors[modality] = connector
-    return model.eval()
+def _imported(case: Case) -> UniMoE:
+    """The whole state dict as an official checkpoint on disk, imported as a user would."""
+    with tempfile.TemporaryDirectory() as root:
+        source, model_dir = Path(root, "official"), Path(root, "model")
+        source.mkdir()
+        save_file(case.weights(), source / "model.safetensors")
+        (source / "config.json").write_text(json.dumps(case.config))
+        train_tokenizer(["any"], 264).save(str(source / "tokenizer.json"))
+        report = import_official([source], model_dir, lambda done, total: None)
+        assert sum(report["used"].values()) + len(report["ignored"]) == len(case.weights())
+        model, _, _ = load_model(model_dir)
+    sparse = [i for i, layer in enumerate(model.language.model.layers) if isinstance(layer.mlp, SparseFeedForward)]
+    assert sparse == case.spec["moe_layers"]
+    # The number of frames is in no official configuration: it is 8, but a case may have another.
+    model.connectors["video"].video = VideoConfig(frames=case.inputs["videos"].shape[1], pooling="mean")
+    return model
 
 
 def _image_features(case: Case, model: UniMoE) -> dict[str, Features]:
     config = case.config
     network = CLIPVisionModel(CLIPVisionConfig(**config["clip_vision"]))
-    network.load_state_dict(without_buffers(case.weights("model.vision_tower.vision_tower.vision_model.")))
+    network.load_state_dict(without_buffers(case.weights(names.VISION_TOWER)))
     tower = ClipTower(network, select_layer=config["mm_vision_select_layer"])
     images, videos = case.inputs["images"], case.inputs["videos"]
     image = tower([picture[None].numpy() for picture in images])

@@ -8,15 +8,14 @@ from transformers import LlamaForCausalLM
 
 from tests.golden.case import Case, Tensors
 from unimoe_ray.config.model import LanguageConfig
+from unimoe_ray.interop.official.names import why_ignored
 from unimoe_ray.model.language import RoutingRecorder, build_llama, upcycle
 from unimoe_ray.model.moe import MoELayer
-
-IGNORABLE = ("rotary_emb.inv_freq", "embeddings.position_ids")
 
 
 def without_buffers(weights: Tensors) -> Tensors:
     """Official state dicts hold constants that nobody needs."""
-    return {name: tensor for name, tensor in weights.items() if not name.endswith(IGNORABLE)}
+    return {name: tensor for name, tensor in weights.items() if not why_ignored(name)}
 
 
 @torch.no_grad()

@@ -19,22 +19,24 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from tests.official import four_experts
 from tests.tiny import make_servable_run
-from tests.unit.test_cli import fails
 from unimoe_ray.cli import main
 from unimoe_ray.config.model import MODALITIES, PLACEHOLDER_IDS, ModelConfig
+from unimoe_ray.convert import export, import_official
 from unimoe_ray.data.features import TOWER_OF
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.evaluation.evaluate import final_model
 from unimoe_ray.interop.huggingface import UniMoEConfig, UniMoEForConditionalGeneration, UniMoEProcessor
-from unimoe_ray.interop.huggingface.configuration import explicit_language, feature_dims
+from unimoe_ray.interop.huggingface.configuration import feature_dims
 from unimoe_ray.interop.huggingface.towers import build_tower, describe_tower
+from unimoe_ray.interop.language import explicit_language
 from unimoe_ray.mini import source as mini
 from unimoe_ray.model.towers.beats import Beats, BeatsConfig, BeatsTower
 from unimoe_ray.model.towers.clip import ClipTower
 from unimoe_ray.model.towers.whisper import WhisperFullTower
 from unimoe_ray.model.unimoe import Batch, UniMoE
-from unimoe_ray.training.checkpoint import load_model
+from unimoe_ray.training.checkpoint import load_info, load_model
 
 ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
@@ -49,8 +51,6 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(run, tmp_path_factory):
-    from unimoe_ray.convert import export
-
     folder = tmp_path_factory.mktemp("exported") / "hf"
     export(run.config.run_dir, "hf", folder)
     return folder
@@ -302,7 +302,34 @@ def test_a_language_model_beyond_our_sizes_is_refused():
         explicit_language(llama)
 
 
-def test_a_model_folder_has_no_towers(capsys, run, tmp_path):
-    folder = final_model(run.config)
-    code, line = fails(capsys, "export", folder, "--format", "hf", "--to", tmp_path / "to")
-    assert code == 1 and line.endswith("which a model folder lacks; give a run folder")
+def test_a_model_folder_is_exported_as_its_run_is(exported, run, tmp_path):
+    export(final_model(run.config), "hf", tmp_path / "hf")
+    for path in exported.iterdir():
+        assert (tmp_path / "hf" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_an_imported_model_with_its_towers_is_one_for_transformers(tmp_path, monkeypatch):
+    """Small files where the published ones would be."""
+    official = four_experts(tmp_path / "official", "audio", "interval")
+    import_official(official.folders, tmp_path / "model", lambda done, total: None)
+    sizes = {"hidden_size": 12, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    clip = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=28, patch_size=14))
+    speech = WhisperEncoder(WhisperConfig(d_model=64, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16))
+    beats = Beats(BeatsConfig(encoder_layers=1, encoder_embed_dim=64, encoder_attention_heads=4, conv_pos_groups=2))
+    towers = {"image": ClipTower(clip), "speech": WhisperFullTower(speech), "audio": BeatsTower(beats, window=32_000)}
+    named = load_info(tmp_path / "model").model["towers"]
+    assert {kind: tower["name"] for kind, tower in named.items()} == {kind: t.name for kind, t in towers.items()}
+    monkeypatch.setattr("unimoe_ray.convert.load_towers", lambda _: towers)
+    export(tmp_path / "model", "hf", tmp_path / "hf")
+    whole = UniMoEForConditionalGeneration.from_pretrained(tmp_path / "hf")
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+    assert processor.template == "compact"  # the tokenizer of these tests
+    inputs = processor("<image> <audio> what?", images=PICTURES[0], audio=SOUNDS[0])
+    model = load_model(tmp_path / "model")[0]
+    features = {
+        "image": towers["image"]([towers["image"].preprocess(PICTURES[0])]),
+        "audio": towers["audio"]([towers["audio"].preprocess(SOUNDS[0])]),
+    }
+    batch = Batch(inputs["input_ids"], inputs["attention_mask"].bool(), inputs["input_ids"], features)
+    wanted = model.language(inputs_embeds=model.embed(batch)).logits
+    torch.testing.assert_close(whole(**inputs).logits, wanted)

@@ -86,6 +86,7 @@ class QueriesConfig(Strict):
     intermediate_size: int = Field(3072, ge=1)
     cross_attention_every: int = Field(2, ge=1, description="layers of a Q-Former that see the features: 0, 2, 4, ...")
     dropout: float = Field(0.0, ge=0, lt=1)
+    positions: int = Field(448, ge=1, description="learned positions of a Whisper decoder; at least ``number``")
 
 
 class ConnectorConfig(Strict):

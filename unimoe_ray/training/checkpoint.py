@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from unimoe_ray.errors import UnimoeError
 from unimoe_ray.model.connectors import build_connector
 from unimoe_ray.model.features import Tower
 from unimoe_ray.model.unimoe import UniMoE
+
+WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -64,18 +68,28 @@ def checkpoint_dir(run_dir: Path, stage: str, run: str) -> Path:
 
 
 def save_model(folder: Path, model: UniMoE, info: ModelInfo, tokenizer: Path, made_by: str) -> None:
-    """Write a folder beside ``folder`` and rename it when complete. ``made_by``: its recipe, a hash of all that
-    decides what it learned."""
+    """Write a model folder. ``made_by``: its recipe, a hash of all that decides what it learned."""
+    with new_model_folder(folder, info, tokenizer, made_by) as temporary:
+        save_file(_unique_tensors(model), temporary / WEIGHTS)
+
+
+@contextmanager
+def new_model_folder(folder: Path, info: ModelInfo, tokenizer: Path, made_by: str) -> Iterator[Path]:
+    """A folder beside ``folder`` for the block to write ``WEIGHTS`` into. It takes the place of ``folder`` when
+    complete; when the block raises, nothing is left of it."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(_unique_tensors(model), temporary / "model.safetensors")
-    (temporary / "config.json").write_text(json.dumps(asdict(info), indent=1))
-    shutil.copy(tokenizer, temporary / "tokenizer.json")
-    files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-    (temporary / "manifest.json").write_text(json.dumps({"recipe": made_by, "files": files}, indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    try:
+        yield temporary
+        (temporary / "config.json").write_text(json.dumps(asdict(info), indent=1))
+        shutil.copy(tokenizer, temporary / "tokenizer.json")
+        files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        (temporary / "manifest.json").write_text(json.dumps({"recipe": made_by, "files": files}, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_complete(folder: Path, made_by: str | None = None) -> bool:
@@ -122,7 +136,7 @@ def load_connectors(folder: Path, modalities: list[str]) -> tuple[nn.ModuleDict,
     config = ModelConfig.model_validate(info.model)
     connectors = nn.ModuleDict()
     try:
-        with safe_open(folder / "model.safetensors", framework="pt") as file:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
             for modality in modalities:
                 prefix = f"connectors.{modality}."
                 state = {k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118
@@ -150,7 +164,7 @@ def fingerprint(folder: Path) -> str:
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     try:
-        return load_file(folder / "model.safetensors")
+        return load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise UnimoeError(f"{folder / 'model.safetensors'}: {error}") from None
 

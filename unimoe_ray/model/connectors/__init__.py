@@ -62,5 +62,6 @@ def build_connector(
         decoder_attention_heads=queries.num_heads,
         decoder_ffn_dim=queries.intermediate_size,
         dropout=queries.dropout,
+        max_target_positions=queries.positions,
     )
     return WhisperDecoderConnector(decoder, queries.number, hidden_size, rms)
