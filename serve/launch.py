@@ -68,8 +68,9 @@ def serving(settings: Config, console: Console, stop: threading.Event) -> Iterat
             yield f"http://{shown}:{options.port}" if ready else None
         finally:
             serve.delete(settings.name)
-            if cluster.is_local(settings):  # On a cluster that was joined, other applications may run.
-                serve.shutdown()  # Ends the proxies' own processes, which would outlive Ray.
+            # HAProxy is a process that would outlive Ray. On a cluster that was joined, others may need it.
+            if options.throughput_mode and cluster.is_local(settings):
+                serve.shutdown()
 
 
 def _environment(settings: Config) -> dict[str, str]:
