@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -127,6 +126,3 @@ class Encoder:
         for item in items:
             self._metrics.queue.observe(begun - item.arrived)
         return done
-
-    def pid(self) -> int:
-        return os.getpid()
