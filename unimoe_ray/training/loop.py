@@ -24,7 +24,13 @@ from unimoe_ray.data.samples import SampleTable
 from unimoe_ray.model.language import mixtures
 from unimoe_ray.model.unimoe import to_batch
 from unimoe_ray.training.checkpoint import ModelInfo, save_model
-from unimoe_ray.training.engine import backward_step, initialize, learning_rate_factor, pick_device
+from unimoe_ray.training.engine import (
+    backward_step,
+    initialize,
+    learning_rate_factor,
+    pick_device,
+    set_learning_rates,
+)
 from unimoe_ray.training.job import Job
 from unimoe_ray.training.routing import over_ranks, routing_metrics
 from unimoe_ray.training.stages import make_trainable, merge_lora, start_model
@@ -93,8 +99,7 @@ def train_step(engine, step: Step, run: TrainRun, config: Config, device: torch.
     answer_tokens, tokens, samples, *by_modality = local.tolist()
 
     factor = learning_rate_factor(step.number, run.steps, config.training.optimizer)
-    for group, lr in zip(engine.optimizer.param_groups, run.train.values(), strict=True):
-        group["lr"] = lr * factor
+    set_learning_rates(engine, factor)
     batches = [to_batch(arrays).to(device) for arrays in step.micro_batches]
     total, routing = backward_step(engine, batches, answer_tokens)
     engine.step()
