@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.worlds import (
+    OPTIMIZER,
     SAMPLES,
     TRAIN,
     Case,
@@ -35,7 +36,7 @@ EACH = ((0,), (1,), (2,), (3,))
 def reference(settings: Model) -> dict:
     """One process, all samples of a step in one batch, plain AdamW."""
     model, groups = build(settings)
-    config, run = TrainingConfig().optimizer, TRAIN[settings.trains]
+    config, run = OPTIMIZER, TRAIN[settings.trains]
     optimizer = torch.optim.AdamW(
         [{"params": g.parameters, "lr": g.lr} for g in groups],
         betas=config.betas,
@@ -53,8 +54,8 @@ def reference(settings: Model) -> dict:
         loss = model(batch)
         answers = int(loss.answer_tokens)
         (loss.token_loss / answers + loss.router_loss).backward()
-        result["losses"].append(float(loss.token_loss) / answers)
-        result["router_losses"].append(float(loss.router_loss))
+        result["losses"].append(loss.token_loss.item() / answers)
+        result["router_losses"].append(loss.router_loss.item() if settings.moe else 0.0)
         if step == 0:
             rows = outputs[0].view(*batch.mask.shape, -1)
             result["outputs"] = [row[mask] for row, mask in zip(rows, batch.mask, strict=True)]
@@ -73,7 +74,7 @@ def train(case: Case, rank: int, world: int) -> dict:
     from unimoe_ray.parallel.expert_parallel import distribute, gather
     from unimoe_ray.parallel.relocate import relocate
 
-    config = TrainingConfig(zero_stage=case.zero)
+    config = TrainingConfig(zero_stage=case.zero, optimizer=OPTIMIZER)
     model, groups = build(case.model)
     if case.checkpointed:
         model.language.gradient_checkpointing_enable({"use_reentrant": False})
@@ -97,7 +98,8 @@ def train(case: Case, rank: int, world: int) -> dict:
         outputs.clear()
         total, sums = backward_step(engine, batches, answers)
         dist.all_reduce(total)
-        result["losses"].append(float(total) / answers)
+        result["losses"].append(total.item() / answers)
+        result["router_losses"].append(model.recorder.loss(model.config.moe).item() if case.model.moe else 0.0)
         if step == 0:
             result["outputs"] = [
                 row[mask]
@@ -135,12 +137,18 @@ def check(world: int, cases: dict[str, Case], out: Path) -> None:
                 assert (grad - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp(min=1e-3), (name, key)
             assert rank["norms"] == pytest.approx(expected["norms"], rel=1e-5), name
             assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-5), name
+            assert rank["router_losses"] == pytest.approx(expected["router_losses"], rel=1e-5), name
         assert list(ranks[0]["after"]) == list(expected["after"]), name
         for key, wanted in expected["after"].items():
             assert (ranks[0]["after"][key] - wanted).abs().max() <= 1e-5, (name, key)
 
 
 FULL, LORA, FROZEN, SKEWED = Model(), Model("lora"), Model("frozen experts"), Model("lora", skewed=True)
+BALANCED = [
+    Model(steps=2, moe=(("balance_coef", 0.5), ("z_loss_coef", 0.05))),
+    Model(steps=2, moe=(("balance_coef", 0.5), ("balance_share", "first"), ("balance_over_layers", "sum"))),
+    Model("lora", steps=2, moe=(("balance_coef", 0.5), ("balance_per", "modality"))),
+]
 CASES: dict[int, dict[str, Case]] = {
     2: {
         "ep1-z2-lora-acc3": Case(LORA, zero=2, per_rank=3),
@@ -152,6 +160,11 @@ CASES: dict[int, dict[str, Case]] = {
         "rates-z2-experts-acc1": Case(Model("experts"), (EVEN, UNEVEN), zero=2),
         "frozen-z2-acc1": Case(FROZEN, (UNEVEN, EVEN), zero=2),
         "checkpointed-z2-lora-acc3": Case(LORA, (EVEN, UNEVEN), zero=2, per_rank=3, checkpointed=True),
+        "moved-z2-full-acc1": Case(FULL, (EVEN, UNEVEN), zero=2, moves={1: (CROSSED, UNEVEN), 3: (UNEVEN, EVEN)}),
+        "moved-z1-lora-acc3": Case(LORA, (EVEN, EVEN), zero=1, per_rank=3, moves={2: (MIRRORED, CROSSED)}),
+        "moved-frozen-z2-acc1": Case(FROZEN, (EVEN, EVEN), zero=2, moves={2: (MIRRORED, CROSSED)}),
+        "balanced-ep1-z2": Case(BALANCED[1], zero=2),
+        **{f"balanced-{i}-ep2-z2": Case(model, (EVEN, UNEVEN), zero=2) for i, model in enumerate(BALANCED)},
     },
     3: {
         "z1-full-acc1": Case(FULL, (THREE, THREE[::-1]), zero=1),
@@ -164,6 +177,9 @@ CASES: dict[int, dict[str, Case]] = {
         "ep2-uneven-z2-full-acc3": Case(FULL, (UNEVEN, MIRRORED), zero=2, per_rank=3),
         "ep4-z2-lora-acc3": Case(LORA, (EACH, EACH[::-1]), zero=2, per_rank=3),
         "ep4-z1-full-acc1": Case(FULL, (EACH[::-1], EACH), zero=1),
+        "moved-ep2-z2-lora-acc1": Case(LORA, (EVEN, UNEVEN), zero=2, moves={1: (MIRRORED, EVEN), 3: (EVEN, CROSSED)}),
+        "moved-ep4-z1-full-acc1": Case(FULL, (EACH, EACH), zero=1, moves={2: (EACH[::-1], EACH)}),
+        **{f"balanced-{i}-ep2-z2": Case(model, (EVEN, UNEVEN), zero=2) for i, model in enumerate(BALANCED)},
     },
 }
 
