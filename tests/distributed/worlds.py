@@ -34,12 +34,12 @@ TRAIN = {
     "full": TrainRun(steps=STEPS, tasks={"x": 1}, train={"language": 2e-3} | _CONNECTORS, weight_decay=0.1),
     "experts": TrainRun(steps=STEPS, tasks={"x": 1}, train={"feed_forward": 2e-3, "router": 5e-3} | _CONNECTORS),
     "lora": TrainRun(
-        steps=STEPS, tasks={"x": 1}, train={"lora": 1e-2, "router": 5e-3} | _CONNECTORS, lora=LoraConfig(r=4, alpha=8)
+        steps=STEPS, tasks={"x": 1}, train={"lora": 3e-3, "router": 5e-3} | _CONNECTORS, lora=LoraConfig(r=4, alpha=8)
     ),
     "frozen experts": TrainRun(
         steps=STEPS,
         tasks={"x": 1},
-        train={"lora": 1e-2, "router": 5e-3} | _CONNECTORS,
+        train={"lora": 3e-3, "router": 5e-3} | _CONNECTORS,
         lora=LoraConfig(r=4, alpha=8, targets=["attention"]),
     ),
 }

@@ -98,6 +98,23 @@ class StagesConfig(Strict):
         return self
 
 
+class ExpertParallelConfig(Strict):
+    """Experts of a mixture over workers. It changes no result, only who computes what."""
+
+    ep_size: int | Literal["auto"] = Field(
+        1,
+        description="workers that share the experts of a mixture, a divisor of their number; 1: every worker has all; "
+        "auto: as many as there are experts for",
+    )
+
+    @field_validator("ep_size")
+    @classmethod
+    def _some_ranks(cls, ep_size: int | str) -> int | str:
+        if isinstance(ep_size, int) and ep_size < 1:
+            raise ValueError("allowed: 'auto' or a number from 1")
+        return ep_size
+
+
 class TrainingConfig(Strict):
     """How the work is laid out over the cluster, and the engine's settings."""
 
@@ -110,6 +127,7 @@ class TrainingConfig(Strict):
     zero_stage: Literal[1, 2] = 2
     max_tokens_per_micro_batch: int = Field(4096, ge=16)
     optimizer: OptimizerConfig = OptimizerConfig()
+    expert_parallel: ExpertParallelConfig = ExpertParallelConfig()
 
     @field_validator("workers")
     @classmethod

@@ -36,11 +36,16 @@ def pick_precision(config: TrainingConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
+def choose_accelerator(device: torch.device) -> None:
+    """For DeepSpeed, which looks for one when it is imported; on CPUs it is told, or it warns."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def initialize(model: UniMoE, groups: list[Group], config: TrainingConfig, weight_decay: float, device: torch.device):
     """A DeepSpeed ZeRO engine with torch's AdamW on the given parameter groups, without those of experts that this rank
     does not hold. Needs an initialised process group."""
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    choose_accelerator(device)
     import deepspeed
     import deepspeed.ops
 

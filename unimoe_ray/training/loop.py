@@ -31,6 +31,7 @@ from unimoe_ray.training.engine import (
     pick_device,
     set_learning_rates,
 )
+from unimoe_ray.training.expert_placement import collect_experts, spread_experts
 from unimoe_ray.training.job import Job
 from unimoe_ray.training.routing import over_ranks, routing_metrics
 from unimoe_ray.training.stages import make_trainable, merge_lora, start_model
@@ -49,6 +50,7 @@ def train(job: Job) -> None:
     model = start_model(config, info, job.stage).to(device)
     model.train()
     groups = make_trainable(model, run)
+    spread_experts(model, config.training, device)
     engine = initialize(model, groups, config.training, run.weight_decay, device)
 
     mixture = Mixture.build(job.tasks, SampleTable(Path(job.source.samples)).by_task())
@@ -77,6 +79,7 @@ def train(job: Job) -> None:
             with open(metrics_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line | {"world": world, "time": round(time.time(), 3)}) + "\n")
 
+    collect_experts(model)
     if rank == 0:
         stats = config.run_dir / "data_stats" / f"{job.label.replace('/', '-')}.txt"
         stats.parent.mkdir(exist_ok=True)

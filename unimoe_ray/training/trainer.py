@@ -20,6 +20,7 @@ from unimoe_ray.config import Config
 from unimoe_ray.config.training import STAGES
 from unimoe_ray.data.samples import SampleTable, Source
 from unimoe_ray.errors import UnimoeError, UsageError, root_cause
+from unimoe_ray.parallel.groups import expert_parallel_size
 from unimoe_ray.training.checkpoint import ModelInfo, checkpoint_dir, is_complete
 from unimoe_ray.training.job import Job, train_worker
 from unimoe_ray.training.stages import parents
@@ -42,8 +43,8 @@ def run_stage(
     """Train what a stage still lacks and return the labels of the runs trained (none: all were finished).
 
     ``follow(metrics path, labels)`` is called about twice a second while the runs go on.
-    Raises UsageError for a stage or task that does not exist, UnimoeError when an earlier stage is missing or a run
-    fails.
+    Raises UsageError for a stage or task that does not exist and for an ``ep_size`` that does not fit the workers,
+    UnimoeError when an earlier stage is missing or a run fails.
     """
     if stage not in STAGES:
         raise UsageError(f"stage '{stage}' does not exist; allowed: {', '.join(STAGES)}, all")
@@ -70,6 +71,8 @@ def run_stage(
     metrics = config.run_dir / "metrics.jsonl"
     _forget(metrics, {job.label for job in jobs})
     each = max(1, workers // len(jobs))
+    if stage == "tune":
+        expert_parallel_size(config.training.expert_parallel.ep_size, each, config.model.moe.num_experts)
     # Cores are shared by the operating system; a GPU belongs to one run at a time.
     turns = threading.Semaphore(max(1, workers // each) if use_gpu else len(jobs))
     errors: dict[str, BaseException] = {}
