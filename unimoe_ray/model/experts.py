@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import compress
+from itertools import chain, compress
 
 import torch
 from torch import nn
@@ -39,41 +39,57 @@ def run_experts(experts: Iterable[nn.Module], rows: torch.Tensor, counts: Sequen
     Experts that are anything but plain ``SwiGLU`` (adapters in place of the projections, hooks) run as modules.
     Differentiable once.
     """
-    experts = list(experts)
-    if not all(map(_is_plain, experts)):
-        parts = zip(experts, rows.split(list(counts)), strict=True)
+    counts = list(counts)
+    differentiable = torch.is_grad_enabled()
+    if not differentiable:
+        experts, rows_of = list(compress(experts, counts)), list(filter(None, counts))
+    else:
+        experts, rows_of = list(experts), counts
+    found = [_plain_weights(expert) for expert in experts]
+    if torch_module._has_any_global_hook() or not all(found):
+        parts = zip(experts, rows.split(rows_of), strict=True)
         return torch.cat([expert(part) for expert, part in parts])
-    weights = [p.weight for expert in experts for p in (expert.gate_proj, expert.up_proj, expert.down_proj)]
     device = rows.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        rows, weights = rows.to(dtype), [weight.to(dtype) for weight in weights]
-    with torch.autocast(device, enabled=False):
-        if rows.is_cuda and rows.dtype is torch.bfloat16 and weights[0].nbytes <= GROUPED_BYTES:
-            return run_grouped(weights, rows, torch.tensor(counts, device=rows.device))
-        if torch.is_grad_enabled():
-            return _Experts.apply(rows, list(counts), *weights)
-        return _run(rows, list(counts), weights)[0]
+        with torch.autocast(device, enabled=False):
+            found = [tuple(weight.to(dtype) for weight in weights) for weights in found]
+            return _run_plain(found, rows.to(dtype), rows_of)
+    return _run_plain(found, rows, rows_of)
 
 
-def run_grouped(weights: Sequence[torch.Tensor], rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def _run_plain(weights: list[tuple[torch.Tensor, ...]], rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    if rows.is_cuda and rows.dtype is torch.bfloat16 and weights and weights[0][0].nbytes <= GROUPED_BYTES:
+        return run_grouped(weights, rows, torch.tensor(counts, device=rows.device))
+    if torch.is_grad_enabled():
+        return _Experts.apply(rows, counts, *chain.from_iterable(weights))
+    return _run(weights, rows, counts)[0]
+
+
+def run_grouped(weights: Sequence[tuple[torch.Tensor, ...]], rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """As ``run_experts`` of the (gate, up, down) ``weights`` of each expert, with three grouped products."""
     ends = counts.cumsum(0).to(torch.int32)
-    gate, up, down = (torch.stack(list(weights[i::3])).transpose(-2, -1) for i in range(3))
+    gate, up, down = (torch.stack(of_experts).transpose(-2, -1) for of_experts in zip(*weights, strict=True))
     hidden = F.silu(F.grouped_mm(rows, gate, offs=ends)) * F.grouped_mm(rows, up, offs=ends)
     return F.grouped_mm(hidden, down, offs=ends)
 
 
-def _is_plain(expert: nn.Module) -> bool:
-    """Whether its weights say all that it does."""
-    if type(expert) is not SwiGLU or torch_module._has_any_global_hook():
-        return False
-    projections = (expert.gate_proj, expert.up_proj, expert.down_proj)
-    if not all(type(p) is nn.Linear and p.bias is None for p in projections):
-        return False
-    return not any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in (expert, *projections)
+def _plain_weights(expert: nn.Module) -> tuple[torch.Tensor, ...] | None:
+    """Gate, up and down, if they are all that the expert does. Reads the modules' dicts: attribute access is slow."""
+    if type(expert) is not SwiGLU or _hooked(expert):
+        return None
+    weights = []
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        projection = expert._modules[name]
+        if type(projection) is not nn.Linear or _hooked(projection):
+            return None
+        weights.append(projection._parameters["weight"])
+    return tuple(weights)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
@@ -85,7 +101,8 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: torch.Tensor, counts: list[int], *weights: torch.Tensor) -> torch.Tensor:
-        outputs, kept = _run(rows, counts, weights)
+        triples = list(zip(weights[0::3], weights[1::3], weights[2::3], strict=True))
+        outputs, kept = _run(triples, rows, counts)
         ctx.counts = counts
         ctx.save_for_backward(rows, *weights, *kept)
         return outputs
@@ -113,21 +130,20 @@ class _Experts(torch.autograd.Function):
 
 
 def _run(
-    rows: torch.Tensor, counts: list[int], weights: Sequence[torch.Tensor]
+    weights: Sequence[tuple[torch.Tensor, ...]], rows: torch.Tensor, counts: list[int]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Outputs [N, H], and gate(x) and up(x) of every expert that has rows."""
     outputs, kept = torch.empty_like(rows), []
-    triples = zip(weights[0::3], weights[1::3], weights[2::3], strict=True)
-    for x, y, (gate, up, down) in zip(
-        compress(rows.split(counts), counts), compress(outputs.split(counts), counts), compress(triples, counts)
-    ):
-        few = x.is_cpu and len(x) in FEW_ROWS
-        if few:
+    parts = zip(counts, rows.split(counts), outputs.split(counts), weights, strict=True)
+    for count, x, y, (gate, up, down) in parts:
+        if not count:
+            continue
+        if count in FEW_ROWS and x.is_cpu:
             turned = x.t().contiguous()
             g, u = torch.mm(gate, turned).t(), torch.mm(up, turned).t()
             y.copy_(torch.mm(down, F.silu(g).mul_(u).t()).t())
         else:
-            g, u = torch.mm(x, gate.t()), torch.mm(x, up.t())
+            g, u = F.linear(x, gate), F.linear(x, up)
             torch.mm(F.silu(g).mul_(u), down.t(), out=y)
         kept += [g, u]
     return outputs, kept

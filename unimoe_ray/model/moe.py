@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from unimoe_ray.model.experts import SwiGLU, run_experts
 from unimoe_ray.model.routing import Routing, RoutingStats, route
@@ -56,18 +55,25 @@ def sort_slots(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, t
 
 def dispatch(tokens: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tensor:
     """Tokens [T, H] as the rows of sorted slots [T*K, H]. Differentiable once."""
+    if not torch.is_grad_enabled():
+        return tokens.index_select(0, order // top_k)
     return _Dispatch.apply(tokens, order, top_k)
 
 
 def combine(outputs: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Outputs of sorted slots [T*K, H] back to their tokens, weighted by weights [T, K]: [T, H]. Differentiable once."""
-    return _Combine.apply(outputs, order, weights.to(outputs.dtype))
+    weights = weights.to(outputs.dtype)
+    if not torch.is_grad_enabled():
+        return _sum_slots(outputs, order, weights.shape[1], weights)
+    return _Combine.apply(outputs, order, weights)
 
 
 def _sum_slots(rows: torch.Tensor, order: torch.Tensor, top_k: int, weights: torch.Tensor | None) -> torch.Tensor:
     """Rows of sorted slots, weighted, summed over the K of each token, in one pass."""
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return F.embedding_bag(inverse.view(-1, top_k), rows, mode="sum", per_sample_weights=weights)
+    inverse = order.argsort()
+    starts = torch.arange(0, len(order), top_k, device=order.device)
+    weights = None if weights is None else weights.reshape(-1)
+    return torch.embedding_bag(rows, inverse, starts, mode=0, per_sample_weights=weights)[0]
 
 
 class _Dispatch(torch.autograd.Function):
