@@ -12,7 +12,7 @@ from torch import nn
 
 from unimoe_ray.model.experts import run_experts
 from unimoe_ray.model.language import SparseFeedForward, mixtures
-from unimoe_ray.model.moe import combine, sort_slots
+from unimoe_ray.model.moe import combine, dispatch, sort_slots
 from unimoe_ray.model.routing import Routing
 from unimoe_ray.parallel.dispatch import announce, deliver, give_back
 from unimoe_ray.parallel.groups import Held, tag_expert, untag_expert
@@ -73,13 +73,13 @@ class ExpertParallelFeedForward(SparseFeedForward):
     def mix(self, tokens: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
         order, counts = sort_slots(self.position[routing.experts], self.num_experts)
         announced = announce(counts, [len(ids) for ids in self.held], self.ep_group)
-        rows = tokens[order // self.top_k]
+        rows = dispatch(tokens, order, self.top_k)
         if torch.is_autocast_enabled(rows.device.type):  # the experts would cast them after the journey
             rows = rows.to(torch.get_autocast_dtype(rows.device.type))
         traffic = announced()
         outputs = deliver(rows, traffic)
         if self.experts:
-            outputs = run_experts(list(self.experts.values()), outputs, traffic.counts)
+            outputs = run_experts(self.experts.values(), outputs, traffic.counts)
         return combine(give_back(outputs, traffic), order, routing.weights), counts[self.position]
 
 
