@@ -122,12 +122,13 @@ def _search(slots: Slots, traffic: Array, counts: Ints, slack: float) -> State:
     balanced = pack(slots, traffic, counts, np.zeros(layers))
     cap = _limit(balanced, counts, slack)
     state = _improve(pack(slots, traffic, counts, np.full(layers, AFFINITY)), cap)
-    # Where affinity led to ranks above the limit that nothing brings down, start from the balanced packing.
+    # Where affinity led to ranks above the limit that nothing brought down, the balanced packing is the better start,
+    # and at worst the result.
     failed = np.flatnonzero(state.worst > np.maximum(cap, balanced.worst) + EPSILON)
     if len(failed):
-        second = _improve(balanced.pick(failed), cap[failed])
-        better = second.worst < state.worst[failed]
-        state.put(failed[better], second.pick(np.flatnonzero(better)))
+        for other in (_improve(balanced.pick(failed), cap[failed]), balanced.pick(failed)):
+            better = np.flatnonzero(other.worst < state.worst[failed])
+            state.put(failed[better], other.pick(better))
     return state
 
 

@@ -16,7 +16,7 @@ from unimoe_ray.parallel.placement_search import EPSILON, Ints, Slots, State, re
 from unimoe_ray.parallel.topology import Array, Loads, Placement, Topology
 
 # Rounds over all replicated experts; balance and traffic change by less than a thousandth after these.
-ROUNDS = 3
+ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -120,16 +120,22 @@ def parts(state: State) -> Array:
 def split(placement: Placement, loads: Loads, topology: Topology) -> Array:
     """[L, N, S] for the slots of ``slot_table``: the part of each node's tokens for the slot's expert that it takes.
 
-    It is what a dispatcher needs for replicated experts, and fixed from plan to plan. Without replicas all ones.
+    It is what a dispatcher needs for replicated experts. Nothing moves when it changes, so it may follow the loads much
+    closer than the placement does. Without replicas all ones.
     """
-    traffic, _ = normalised(loads, topology)
-    state = even_state(*_with(traffic, slot_table(placement, loads.experts, topology)))
+    state = _even(placement, loads, topology)
     settle(state)
     return parts(state)
 
 
-def _with(traffic: Array, table: tuple[Slots, Ints]) -> tuple[Slots, Array, Ints]:
-    return table[0], traffic, table[1]
+def even_split(placement: Placement, loads: Loads, topology: Topology) -> Array:
+    """``split`` where each replica takes an equal part of its expert's tokens, those of its own node first."""
+    return parts(_even(placement, loads, topology))
+
+
+def _even(placement: Placement, loads: Loads, topology: Topology) -> State:
+    slots, expert = slot_table(placement, loads.experts, topology)
+    return even_state(slots, normalised(loads, topology)[0], expert)
 
 
 def flows(placement: Placement, loads: Loads, topology: Topology, split_: Array | None = None) -> Flows:

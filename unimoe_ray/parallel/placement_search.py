@@ -159,90 +159,84 @@ def _merge(slots: Slots, expert: Ints, share: Array, empty: int) -> tuple[Ints, 
     return expert, share
 
 
-def exchange(state: State, cap: Array, *, home: NDArray[np.bool_] | None = None, move_cost: ArrayLike = 0.0) -> bool:
+def exchange(
+    state: State, cap: Array, *, home: NDArray[np.bool_] | None = None, move_cost: ArrayLike = 0.0
+) -> bool:
     """One pass over all slots: each changes places with the slot that is best for it, an empty one included, if that
     lowers the loads above ``cap`` [B] or, those being equal, makes more tokens local. Returns whether anything moved.
 
-    home [B, R, E+1]: where experts lie now; a move away from there costs ``move_cost`` [B] local tokens, and back earns it.
+    home [B, R, E+1]: where experts lie now; a move away from there costs ``move_cost`` [B] local tokens, and back earns
+    it.
     """
-    slots, traffic, expert, share, taken, load = (
-        state.slots, state.traffic, state.expert, state.share, state.taken, state.load,
-    )  # fmt: skip
-    batch, nodes, columns = traffic.shape
-    empty, count, rows = columns - 1, len(slots.rank), np.arange(batch)
-    held = np.zeros((batch, slots.ranks, columns), dtype=bool)
-    held[rows[:, None], slots.rank, expert] = True
-    held[:, :, empty] = False
-    lost = _local_loss(state, rows)
+    slots, expert, share, load = state.slots, state.expert, state.share, state.load
+    batch, _, columns = state.traffic.shape
+    count, rows, limit = len(slots.rank), np.arange(batch), cap[:, None]
+    # By node and by rank first, so that what a node or a rank has lies together.
+    traffic, taken = (np.ascontiguousarray(array.transpose(1, 0, 2)) for array in (state.traffic, state.taken))
+    held = np.zeros((slots.ranks, batch, columns), dtype=bool)
+    held[slots.rank, rows[:, None], expert] = True
+    held[:, :, -1] = False
+    flat = rows[:, None] * columns + expert
+    lost = _local_loss(slots, traffic, taken, expert, share, rows)
     moved = False
     for slot in range(count):
-        window = np.arange(count) if count <= WINDOW else (slot + 1 + np.arange(WINDOW) * (count // WINDOW)) % count
-        rank, node = slots.rank[slot], slots.node[slot]
-        others, other_nodes, other_ranks = expert[:, window], slots.node[window], slots.rank[window]
-        mine, tokens = expert[:, slot], share[:, slot]
-        there, had = traffic[rows, :, mine], taken[rows, :, mine]
-        add_mine = (np.minimum(there, had + tokens[:, None]) - np.minimum(there, had))[:, other_nodes]
-        here = np.take_along_axis(traffic[:, node], others, axis=1)
-        had = np.take_along_axis(taken[:, node], others, axis=1)
-        theirs = share[:, window]
-        add_theirs = np.minimum(here, had + theirs) - np.minimum(here, had)
-        local = add_mine + add_theirs - lost[:, slot, None] - lost[:, window]
-        local[:, other_nodes == node] = 0
+        window = _window(slot, count)
+        rank, node, ranks, nodes = slots.rank[slot], slots.node[slot], slots.rank[window], slots.node[window]
+        mine, tokens, theirs, others = expert[:, slot], share[:, slot, None], share[:, window], flat[:, window]
+        there, had = traffic[:, rows, mine].T, taken[:, rows, mine].T
+        local = (np.minimum(there, had + tokens) - np.minimum(there, had))[:, nodes]
+        here, had = traffic[node].take(others), taken[node].take(others)
+        local += np.minimum(here, had + theirs) - np.minimum(here, had)
+        local -= lost[:, slot, None] + lost[:, window]
+        local[:, nodes == node] = 0
 
-        shift = tokens[:, None] - theirs
-        old_mine, old_theirs = load[:, rank, None], load[:, other_ranks]
-        new_mine, new_theirs = old_mine - shift, old_theirs + shift
-        limit = cap[:, None]
-        over = _square(new_mine - limit) + _square(new_theirs - limit) - _square(old_mine - limit) - _square(old_theirs - limit)
+        old_mine, old_theirs = load[:, rank, None], load[:, ranks]
+        new_mine, new_theirs = old_mine - tokens + theirs, old_theirs + tokens - theirs
+        over = _square(new_mine - limit) + _square(new_theirs - limit)
+        over -= _square(old_mine - limit) + _square(old_theirs - limit)
         score = local - OVERLOAD * over
         if home is not None:
-            away, back = home[rows, rank, mine], np.take_along_axis(home[:, rank], others, axis=1)
-            score += np.reshape(move_cost, (-1, 1)) * (
-                home[rows[:, None], other_ranks, mine[:, None]].astype(float)
-                + back
-                - away[:, None]
-                - home[rows[:, None], other_ranks, others]
-            )
-        forbidden = (
-            (other_ranks == rank)
-            | held[rows[:, None], other_ranks, mine[:, None]]
-            | np.take_along_axis(held[:, rank], others, axis=1)
-            | (np.maximum(new_mine, new_theirs) > np.maximum(limit, np.maximum(old_mine, old_theirs)) + EPSILON)
-        )
+            stays = home[rows, :, mine][:, ranks].astype(float) + home[:, rank].take(others)
+            stays -= home[rows, rank, mine][:, None]
+            stays -= home[rows[:, None], ranks, expert[:, window]]
+            score += np.reshape(move_cost, (-1, 1)) * stays
+        forbidden = held[:, rows, mine].T[:, ranks] | held[rank].take(others) | (ranks == rank)
+        forbidden |= np.maximum(new_mine, new_theirs) > np.maximum(limit, np.maximum(old_mine, old_theirs)) + EPSILON
         score[forbidden] = -np.inf
         best = score.argmax(axis=1)
         chosen = np.flatnonzero(score[rows, best] > EPSILON)
-        if len(chosen):
-            moved = True
-            other = window[best[chosen]]
-            _swap(state, held, chosen, slot, other)
-            lost[chosen] = _local_loss(state, chosen)
+        if not len(chosen):
+            continue
+        moved = True
+        other = window[best[chosen]]
+        for source, target in ((slot, other), (other, slot)):
+            moving, amount = expert[chosen, source], share[chosen, source]
+            for where, sign in ((source, -1), (target, 1)):
+                taken[slots.node[where], chosen, moving] += sign * amount
+                load[chosen, slots.rank[where]] += sign * amount
+                held[slots.rank[where], chosen, moving] = sign > 0
+        held[:, chosen, -1] = False
+        for array in (expert, share, flat):
+            array[chosen, slot], array[chosen, other] = array[chosen, other], array[chosen, slot]
+        lost[chosen] = _local_loss(slots, traffic, taken, expert, share, chosen)
+    state.taken = np.ascontiguousarray(taken.transpose(1, 0, 2))
     return moved
+
+
+def _window(slot: int, count: int) -> Ints:
+    """The slots that one slot may change places with: all, or WINDOW of them, evenly spread and others for each slot."""
+    return np.arange(count) if count <= WINDOW else (slot + 1 + np.arange(WINDOW) * (count // WINDOW)) % count
 
 
 def _square(excess: Array) -> Array:
     return np.square(np.maximum(excess, 0))
 
 
-def _local_loss(state: State, rows: Ints) -> Array:
-    """[len(rows), S]: the local tokens that would be lost with each slot."""
-    at = (rows[:, None], state.slots.node, state.expert[rows])
-    traffic, taken = state.traffic[at], state.taken[at]
-    return np.minimum(traffic, taken) - np.minimum(traffic, taken - state.share[rows])
-
-
-def _swap(state: State, held: NDArray[np.bool_], rows: Ints, slot: int, other: Ints) -> None:
-    """Slot ``slot`` and, in each of ``rows``, slot ``other`` change places."""
-    slots, expert, share = state.slots, state.expert, state.share
-    for source, target in ((slot, other), (other, slot)):
-        moving, tokens = expert[rows, source], share[rows, source]
-        for where, sign in ((source, -1), (target, 1)):
-            state.taken[rows, slots.node[where], moving] += sign * tokens
-            state.load[rows, slots.rank[where]] += sign * tokens
-            held[rows, slots.rank[where], moving] = sign > 0
-    held[rows, :, -1] = False
-    expert[rows, slot], expert[rows, other] = expert[rows, other], expert[rows, slot]
-    share[rows, slot], share[rows, other] = share[rows, other], share[rows, slot]
+def _local_loss(slots: Slots, traffic: Array, taken: Array, expert: Ints, share: Array, rows: Ints) -> Array:
+    """[len(rows), S]: the local tokens that would be lost with each slot; traffic and taken are [N, B, E+1]."""
+    at = (slots.node, rows[:, None], expert[rows])
+    here, had = traffic[at], taken[at]
+    return np.minimum(here, had) - np.minimum(here, had - share[rows])
 
 
 def reshare(state: State, cap: Array) -> None:
