@@ -1,7 +1,7 @@
 """DeepSeek's EPLB (Expert Parallelism Load Balancer), reimplemented from its public description.
 
-Redundant experts: again and again the expert with the highest load per replica gets one more. Packing: items in order of
-falling load, each to the pack with the lowest load that has room, all packs equal in number. The *global* policy
+Redundant experts: again and again the expert with the highest load per replica gets one more. Packing: items in order
+of falling load, each to the pack with the lowest load that has room, all packs equal in number. The *global* policy
 replicates over all ranks and packs replicas to ranks; the *hierarchical* one packs groups of experts to nodes,
 replicates within each node, and packs to the node's ranks. A replica takes an equal part of its expert's tokens.
 """
@@ -37,7 +37,9 @@ def replicate(weights: Array, slots: int) -> tuple[np.ndarray, Array]:
         hottest = (weights / replicas).argmax(axis=1)
         replicas[rows, hottest] += 1
         extra.append(hottest)
-    expert = np.concatenate([np.tile(np.arange(experts), (layers, 1)), np.array(extra, dtype=int).reshape(-1, layers).T], 1)
+    expert = np.concatenate(
+        [np.tile(np.arange(experts), (layers, 1)), np.array(extra, dtype=int).reshape(-1, layers).T], 1
+    )
     return expert, np.take_along_axis(weights / replicas, expert, axis=1)
 
 

@@ -1,7 +1,7 @@
 """The placement planner: who holds which expert, from the loads, the nodes and the memory of the ranks.
 
-Pure and deterministic: every rank that plans from the same numbers gets the same placement. Per layer, balance is a limit
-and traffic between nodes is what is minimised:
+Pure and deterministic: every rank that plans from the same numbers gets the same placement. Per layer, balance is a
+limit and traffic between nodes is what is minimised:
 
 1. With replicas, the spare slots go to the experts with the highest load per replica.
 2. Packing by falling load without regard to nodes (longest processing time first) tells what balance is possible; the
@@ -19,7 +19,13 @@ import numpy as np
 
 from unimoe_ray.errors import UsageError
 from unimoe_ray.parallel.placement_cost import (
-    Work, even_state, flows, layer_seconds, migration_seconds, normalised, parts, settle, slot_table,
+    Work,
+    even_state,
+    flows,
+    layer_seconds,
+    migration_seconds,
+    normalised,
+    settle,
 )  # fmt: skip
 from unimoe_ray.parallel.placement_search import EPSILON, Ints, Slots, State, exchange, pack, replica_counts, reshare
 from unimoe_ray.parallel.topology import Array, Loads, Placement, Topology
@@ -79,7 +85,9 @@ def replan(
         if not exchange(near, cap, home=home, move_cost=move_cost):
             break
     fresh = _search(slots, traffic, counts, slack)
-    overlap = np.stack([home[:, rank][np.arange(loads.layers)[:, None], fresh.expert] for rank in range(topology.ranks)], 1)
+    overlap = np.stack(
+        [home[:, rank][np.arange(loads.layers)[:, None], fresh.expert] for rank in range(topology.ranks)], 1
+    )
     candidates = [
         current,
         _placement(near.expert, slots, loads, topology, None),
@@ -158,7 +166,8 @@ def _sum_by_rank(values: Array, slots: Slots) -> Array:
 
 
 def _placement(expert: Ints, slots: Slots, loads: Loads, topology: Topology, score: Array | None) -> Placement:
-    """score [L, R, R] by p and r: the worth of rank r holding what rank p has been given; used within nodes, among equal ranks."""
+    """score [L, R, R] by p and r: the worth of rank r holding what rank p has been given; it decides among the equal
+    ranks of a node."""
     layers = np.arange(len(expert))
     source = np.tile(np.arange(topology.ranks), (len(expert), 1))
     if score is not None:

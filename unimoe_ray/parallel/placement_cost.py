@@ -21,15 +21,18 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Work:
-    """What one routed token and one expert cost. token_bytes: sent per routed token in a step, there and back, backward
-    included; token_seconds: in an expert of a rank; expert_bytes: that move with an expert, optimizer state included."""
+    """What one routed token and one expert cost. token_bytes: sent per routed token in a step, there and back,
+    backward included; token_seconds: in an expert of a rank; expert_bytes: what moves with an expert, optimizer state
+    included."""
 
     token_bytes: float
     token_seconds: float
     expert_bytes: float
 
     @classmethod
-    def of(cls, hidden_size: int, intermediate_size: int, *, tflops: float, value_bytes: int = 2, training: bool = True) -> Work:
+    def of(
+        cls, hidden_size: int, intermediate_size: int, *, tflops: float, value_bytes: int = 2, training: bool = True
+    ) -> Work:
         """SwiGLU experts on ranks that reach ``tflops``; training: forward and backward, fp32 master weights and two
         Adam moments move too."""
         parameters = 3 * hidden_size * intermediate_size
@@ -177,7 +180,9 @@ def imbalance(placement: Placement, loads: Loads, topology: Topology, split_: Ar
     return float(imbalance_of(flows(placement, loads, topology, split_)).mean())
 
 
-def cross_node_bytes(placement: Placement, loads: Loads, topology: Topology, work: Work, split_: Array | None = None) -> float:
+def cross_node_bytes(
+    placement: Placement, loads: Loads, topology: Topology, work: Work, split_: Array | None = None
+) -> float:
     """Bytes that all layers send between nodes in a step."""
     return float(flows(placement, loads, topology, split_).received.sum() * work.token_bytes)
 
@@ -188,7 +193,9 @@ def layer_seconds(flows_: Flows, topology: Topology, work: Work) -> Array:
     return flows_.load.max(axis=1) * work.token_seconds + links.max(axis=1) * work.token_bytes
 
 
-def predicted_step_cost(placement: Placement, loads: Loads, topology: Topology, work: Work, split_: Array | None = None) -> float:
+def predicted_step_cost(
+    placement: Placement, loads: Loads, topology: Topology, work: Work, split_: Array | None = None
+) -> float:
     """Seconds of a step that experts and exchanges take; ``loads`` are the tokens of a step."""
     return float(layer_seconds(flows(placement, loads, topology, split_), topology, work).sum())
 
@@ -196,7 +203,11 @@ def predicted_step_cost(placement: Placement, loads: Loads, topology: Topology, 
 def moves(old: Placement, new: Placement) -> list[list[tuple[int, int]]]:
     """Of each layer: (expert, rank) for every expert that a rank did not hold and now does."""
     return [
-        [(e, rank) for rank, (had, has) in enumerate(zip(before, after, strict=True)) for e in sorted(set(has) - set(had))]
+        [
+            (e, rank)
+            for rank, (had, has) in enumerate(zip(before, after, strict=True))
+            for e in sorted(set(has) - set(had))
+        ]
         for before, after in zip(old.layers, new.layers, strict=True)
     ]
 
@@ -222,7 +233,9 @@ def migration_bytes(old: Placement, new: Placement, work: Work) -> float:
     return sum(map(len, moves(old, new))) * work.expert_bytes
 
 
-def gain(new: Placement, old: Placement, loads: Loads, topology: Topology, work: Work, steps: int | None = None) -> float:
+def gain(
+    new: Placement, old: Placement, loads: Loads, topology: Topology, work: Work, steps: int | None = None
+) -> float:
     """The part of the predicted step cost that ``new`` saves over ``old``; negative if it costs more. With ``steps``
     the time to move there counts too, spread over that many steps."""
     before = predicted_step_cost(old, loads, topology, work)

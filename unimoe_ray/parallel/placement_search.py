@@ -99,8 +99,8 @@ class State:
 
 
 def replica_counts(total: Array, slots: int, ranks: int) -> Ints:
-    """total [B, E] to replicas of each expert [B, E]: while there are slots, the expert with the highest load per replica
-    gets one more, up to one on each rank."""
+    """total [B, E] to replicas of each expert [B, E]: while there are slots, the expert with the highest load per
+    replica gets one more, up to one on each rank."""
     counts, rows = np.ones(total.shape, dtype=np.int64), np.arange(len(total))
     for _ in range(slots - total.shape[1]):
         each = np.where(counts < ranks, total / counts, -1)
@@ -128,7 +128,10 @@ def pack(slots: Slots, traffic: Array, counts: Ints, affinity: Array) -> State:
     members = slots.node_ranks
     free = np.where((members >= 0) & (slots.counts[members] > 0), 0.0, np.inf)
     # The only candidate of a node is its rank with the lowest load that has room.
-    lowest, candidate = np.tile(free.min(axis=1), (batch, 1)), np.tile(members[np.arange(nodes), free.argmin(axis=1)], (batch, 1))
+    lowest, candidate = (
+        np.tile(free.min(axis=1), (batch, 1)),
+        np.tile(members[np.arange(nodes), free.argmin(axis=1)], (batch, 1)),
+    )
     for item, tokens in zip(items.T, weight.T, strict=True):
         gain = np.minimum(traffic[rows, :, item] - taken[rows, :, item], tokens[:, None]).clip(0)
         node = (lowest - affinity[:, None] * gain).argmin(axis=1)
@@ -142,7 +145,9 @@ def pack(slots: Slots, traffic: Array, counts: Ints, affinity: Array) -> State:
         taken[rows, node, item] += tokens
         used[rows, rank] += real
         ranks = members[node]
-        loads = np.where((ranks >= 0) & (used[rows[:, None], ranks] < slots.counts[ranks]), load[rows[:, None], ranks], np.inf)
+        loads = np.where(
+            (ranks >= 0) & (used[rows[:, None], ranks] < slots.counts[ranks]), load[rows[:, None], ranks], np.inf
+        )
         best = loads.argmin(axis=1)
         lowest[rows, node], candidate[rows, node] = loads[rows, best], ranks[rows, best]
     return State.of(slots, traffic, *_merge(slots, expert, share, columns - 1))
@@ -159,9 +164,7 @@ def _merge(slots: Slots, expert: Ints, share: Array, empty: int) -> tuple[Ints, 
     return expert, share
 
 
-def exchange(
-    state: State, cap: Array, *, home: NDArray[np.bool_] | None = None, move_cost: ArrayLike = 0.0
-) -> bool:
+def exchange(state: State, cap: Array, *, home: NDArray[np.bool_] | None = None, move_cost: ArrayLike = 0.0) -> bool:
     """One pass over all slots: each changes places with the slot that is best for it, an empty one included, if that
     lowers the loads above ``cap`` [B] or, those being equal, makes more tokens local. Returns whether anything moved.
 
@@ -224,7 +227,7 @@ def exchange(
 
 
 def _window(slot: int, count: int) -> Ints:
-    """The slots that one slot may change places with: all, or WINDOW of them, evenly spread and others for each slot."""
+    """The slots that one slot may change places with: all, or WINDOW of them, evenly spread, others for each slot."""
     return np.arange(count) if count <= WINDOW else (slot + 1 + np.arange(WINDOW) * (count // WINDOW)) % count
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,9 +28,13 @@ class Topology:
 
     def __post_init__(self) -> None:
         if not self.nodes or len(self.nodes) != len(self.slots):
-            raise UsageError(f"{len(self.nodes)} ranks have nodes and {len(self.slots)} have slots; both need each rank")
+            raise UsageError(
+                f"{len(self.nodes)} ranks have nodes and {len(self.slots)} have slots; both need each rank"
+            )
         if min(self.slots) < 0:
-            raise UsageError(f"rank {self.slots.index(min(self.slots))} has {min(self.slots)} expert slots; allowed: from 0")
+            raise UsageError(
+                f"rank {self.slots.index(min(self.slots))} has {min(self.slots)} expert slots; allowed: from 0"
+            )
 
     @classmethod
     def even(cls, ranks: int, nodes: int, slots: int, **costs: float) -> Topology:
@@ -156,3 +160,15 @@ class Placement:
 def contiguous(layers: int, experts: int, ranks: int) -> Placement:
     """Experts in the order of their ids, as evenly as they divide: what DeepSpeed and Megatron do."""
     return Placement.of([[part.tolist() for part in np.array_split(np.arange(experts), ranks)]] * layers)
+
+
+def readers_of(kinds: Sequence[str], topology: Topology, on_node: Mapping[int, Sequence[str]]) -> Array:
+    """[M, R]: which part of each kind of token each rank reads, from the kinds that nodes are set up to read. A kind
+    that no node names is read by the nodes that name none or, if there are none, by all."""
+    anywhere = [node for node in topology.nodes if not on_node.get(node)] or topology.nodes
+    rows = []
+    for kind in kinds:
+        nodes = [node for node, named in on_node.items() if kind in named] or anywhere
+        rows.append([float(node in nodes) for node in topology.nodes])
+    readers = np.array(rows)
+    return readers / readers.sum(axis=1, keepdims=True)
