@@ -1,4 +1,4 @@
-"""The command line: ``unimoe prepare | train | eval | chat | serve | export | import | ...``; ``--help`` has them all."""
+"""The command line: ``unimoe prepare | train | eval | chat | serve | export | ...``; ``--help`` lists them all."""
 
 from __future__ import annotations
 

@@ -13,7 +13,9 @@ class PlacementConfig(Strict):
 
     interval: int = Field(0, ge=0, description="optimizer steps between plans while training; 0: experts stay")
     min_gain: float = Field(0.05, ge=0, lt=1, description="part of the expert layers' time that moving must save")
-    slack: float = Field(0.02, ge=0, description="how far the slowest rank may be above the mean to save traffic")
+    slack: float | None = Field(
+        None, ge=0, description="how far the slowest rank may be above the mean to save traffic; little if not given"
+    )
     slots: int | None = Field(
         None, ge=1, description="experts of a layer that fit on a rank; one more than an even part if not given"
     )

@@ -4,8 +4,8 @@ Pure and deterministic: every rank that plans from the same numbers gets the sam
 limit and traffic between nodes is what is minimised:
 
 1. With replicas, the spare slots go to the experts with the highest load per replica.
-2. Packing by falling load without regard to nodes (longest processing time first) tells what balance is possible; the
-   limit on a rank's load is that, or ``slack`` above the mean where that is lower.
+2. Packing by falling load without regard to nodes (longest processing time first) tells what balance is possible. The
+   limit on a rank's load is that, but not more than 2 % above the mean; or it is given.
 3. Packing again with affinity: a rank's load counts less where the expert's tokens are read on its node.
 4. Passes of exchanges and of sharing out the tokens of replicas, first below the limit, then towards less traffic.
 5. Within a node, ranks swap what they hold so that tokens stay on their rank.
@@ -30,17 +30,18 @@ from unimoe_ray.parallel.placement_cost import (
 from unimoe_ray.parallel.placement_search import EPSILON, Ints, Slots, State, exchange, pack, replica_counts, reshare
 from unimoe_ray.parallel.topology import Array, Loads, Placement, Topology
 
+# Balance that is given up for traffic by default, and only where packing for balance would give up as much.
 SLACK = 0.02
 # How much a token that stays on its node counts beside a token of load, when packing.
 AFFINITY = 2.0
 PASSES = 3
 
 
-def plan(loads: Loads, topology: Topology, *, replicas: bool = False, slack: float = SLACK) -> Placement:
+def plan(loads: Loads, topology: Topology, *, replicas: bool = False, slack: float | None = None) -> Placement:
     """The placement of ``loads.experts`` experts of each layer on the ranks of ``topology``.
 
     replicas: fill spare slots with second places of hot experts; slack: what the slowest rank may have above the mean
-    rank's load, as a part of it, to save traffic. Raises UsageError if the experts do not fit into the slots.
+    rank's load, as a part of it, to save traffic; without it balance is never below that of plain packing. Raises UsageError if the experts do not fit into the slots.
     """
     traffic, _ = normalised(loads, topology)
     slots = _slots(loads.experts, topology)
@@ -57,7 +58,7 @@ def replan(
     *,
     steps: int,
     replicas: bool = False,
-    slack: float = SLACK,
+    slack: float | None = None,
 ) -> Placement:
     """A placement to go to from ``current``: each layer keeps its own, or changes a few places of it, or takes those of
     a new plan, whichever costs the fewest seconds over ``steps`` steps, moving included. ``loads`` are of one step.
@@ -118,34 +119,33 @@ def _counts(traffic: Array, slots: Slots, topology: Topology, replicas: bool) ->
     return replica_counts(total, usable, int((slots.counts > 0).sum()))
 
 
-def _limit(packed: State, counts: Ints, slack: float) -> Array:
-    """[L]: the load that a rank may have. Never below that of the hottest replica, which no placement can beat, and
-    never above what packing for balance alone comes to."""
+def _limit(packed: State, counts: Ints, slack: float | None) -> Array:
+    """[L]: the load that a rank may have. Never below that of the hottest replica, which no placement can beat."""
     hottest = (packed.traffic.sum(axis=1)[:, :-1] / counts).max(axis=1)
-    return np.maximum(hottest, np.minimum(1 + slack, packed.worst))
+    return np.maximum(hottest, np.minimum(1 + SLACK, packed.worst) if slack is None else 1 + slack)
 
 
-def _search(slots: Slots, traffic: Array, counts: Ints, slack: float) -> State:
+def _search(slots: Slots, traffic: Array, counts: Ints, slack: float | None) -> State:
     layers = len(traffic)
     balanced = pack(slots, traffic, counts, np.zeros(layers))
     cap = _limit(balanced, counts, slack)
-    state = _improve(pack(slots, traffic, counts, np.full(layers, AFFINITY)), cap)
+    state = _improve(pack(slots, traffic, counts, np.full(layers, AFFINITY)), cap, slack)
     # Where affinity led to ranks above the limit that nothing brought down, the balanced packing is the better start,
     # and at worst the result.
     failed = np.flatnonzero(state.worst > np.maximum(cap, balanced.worst) + EPSILON)
     if len(failed):
-        for other in (_improve(balanced.pick(failed), cap[failed]), balanced.pick(failed)):
+        for other in (_improve(balanced.pick(failed), cap[failed], slack), balanced.pick(failed)):
             better = np.flatnonzero(other.worst < state.worst[failed])
             state.put(failed[better], other.pick(better))
     return state
 
 
-def _improve(state: State, cap: Array) -> State:
+def _improve(state: State, cap: Array, slack: float | None) -> State:
     for _ in range(PASSES):
         reshare(state, cap)
         if not exchange(state, cap):
             break
-    settle(state)
+    settle(state, slack or 0.0)
     return state
 
 

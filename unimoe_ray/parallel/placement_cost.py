@@ -88,12 +88,12 @@ def even_state(slots: Slots, traffic: Array, expert: Ints) -> State:
     return State.of(slots, traffic, expert, each[rows, expert])
 
 
-def settle(state: State) -> None:
-    """Share the tokens of replicated experts: as balanced as can be, then as local as that allows."""
+def settle(state: State, slack: float = 0.0) -> None:
+    """Share the tokens of replicated experts: as balanced as can be, then as local as that and ``slack`` allow."""
     for _ in range(ROUNDS):
         reshare(state, np.ones(len(state.load)))
     for _ in range(ROUNDS):
-        reshare(state, np.maximum(state.worst, 1))
+        reshare(state, np.maximum(state.worst, 1 + slack))
 
 
 def parts(state: State) -> Array:
@@ -120,14 +120,15 @@ def parts(state: State) -> Array:
     return np.where((state.expert == state.traffic.shape[2] - 1)[:, None], 0, result)
 
 
-def split(placement: Placement, loads: Loads, topology: Topology) -> Array:
+def split(placement: Placement, loads: Loads, topology: Topology, slack: float = 0.0) -> Array:
     """[L, N, S] for the slots of ``slot_table``: the part of each node's tokens for the slot's expert that it takes.
 
     It is what a dispatcher needs for replicated experts. Nothing moves when it changes, so it may follow the loads much
-    closer than the placement does. Without replicas all ones.
+    closer than the placement does. slack: how far a rank may be above the mean to keep tokens on their node. Without
+    replicas all ones.
     """
     state = _even(placement, loads, topology)
-    settle(state)
+    settle(state, slack)
     return parts(state)
 
 

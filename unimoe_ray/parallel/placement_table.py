@@ -50,7 +50,7 @@ def _rank_rows(placement: Placement, found: Flows, topology: Topology) -> list[s
     load, slowest = (found.load / mean).mean(axis=0), np.bincount(found.load.argmax(axis=1), minlength=topology.ranks)
     total = max(found.load.sum(), 1e-12)
     lines = [
-        f"{'rank':>4} {'node':>4} {'experts':>7} {'slots':>5} {'load':>6} {'slowest in':>10} {'sent off':>8} {'received':>8}"
+        f"{'rank':>4} {'node':>4} {'experts':>7} {'slots':>5} {'load':>6} {'slowest in':>10} {'sent':>8} {'received':>8}"
     ]
     for rank, node in enumerate(topology.nodes):
         experts = np.mean([len(layer[rank]) for layer in placement.layers])
