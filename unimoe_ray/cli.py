@@ -1,4 +1,4 @@
-"""The command line: ``unimoe prepare | train | eval | chat | serve | export | import | report | doctor``."""
+"""The command line: ``unimoe prepare | train | eval | chat | serve | export | ...``; ``--help`` lists them all."""
 
 from __future__ import annotations
 
@@ -99,6 +99,22 @@ def _parser() -> argparse.ArgumentParser:
     importer.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="base checkpoint, then what tunes it")
     importer.add_argument("--to", type=Path, required=True, metavar="OUT", help="model folder to make")
     importer.set_defaults(run=_import)
+
+    placing = commands.add_parser("plan-experts", help="which rank would hold which experts, and why")
+    placing.add_argument(
+        "words", nargs="*", metavar="RUN|FILE|key.sub=value",
+        help="run folder, metrics.jsonl or JSON loads ([layer][expert], or those by kind); configuration overrides",
+    )  # fmt: skip
+    placing.add_argument("--config", default="mini", metavar="PRESET|FILE", help="sizes, without a run (default: mini)")
+    placing.add_argument("--ranks", type=int, default=2, metavar="N", help="ranks that share the experts (default: 2)")
+    placing.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes that the ranks lie on (default: 1)")
+    placing.add_argument("--slots", type=int, metavar="N", help="experts of a layer that fit on a rank")
+    placing.add_argument("--replicas", action="store_true", help="fill spare slots with second places of hot experts")
+    placing.add_argument(
+        "--reads", action="append", default=[], metavar="NODE=KIND,...", help="kinds of tokens read there (repeatable)"
+    )
+    placing.add_argument("--json", action="store_true", help="print one JSON object")
+    placing.set_defaults(run=_plan_experts)
 
     report = commands.add_parser("report", help="write report/index.html of a run")
     _with_run(report)
@@ -249,6 +265,22 @@ def _import(arguments: argparse.Namespace) -> int:
     for line in convert.summary(convert.import_official(arguments.folders, arguments.to, show)):
         print(line)
     print(arguments.to)
+    return 0
+
+
+def _plan_experts(arguments: argparse.Namespace) -> int:
+    from unimoe_ray.plan_experts import plan_experts
+
+    planned = plan_experts(
+        arguments.words,
+        arguments.config,
+        ranks=arguments.ranks,
+        nodes=arguments.nodes,
+        slots=arguments.slots,
+        replicas=arguments.replicas,
+        reads=arguments.reads,
+    )
+    print(json.dumps(planned.as_json()) if arguments.json else "\n".join(planned.lines()))
     return 0
 
 

@@ -1,1 +1,1 @@
-"""Experts over ranks: how tokens travel to them, how they are placed, and the DeepSpeed engine around them."""
+"""Experts over many ranks: where they lie, and how tokens get to them."""
