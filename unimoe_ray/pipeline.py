@@ -101,12 +101,15 @@ def _train_stage(config: Config, stage: str, progress: TrainProgress) -> None:
     from unimoe_ray.training.trainer import run_stage
 
     info = model_info(config)
-    lines = follow_metrics(config.run_dir / "metrics.jsonl")
+    lines, findings = (follow_metrics(config.run_dir / name) for name in ("metrics.jsonl", "findings.jsonl"))
 
     def follow(_: Path, labels: list[str]) -> None:
         for line in lines():
             if line["run"] in labels:
                 progress.update(line["run"], line, line["steps"])
+        for finding in findings():
+            if finding["run"] in labels:
+                progress.message(f"{finding['run']}, step {finding['step']}: {finding['text']}")
 
     trained = run_stage(
         config,
