@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from itertools import accumulate
 
 import pytest
 import ray
@@ -20,7 +21,6 @@ from unimoe_ray.data.plan import Mixture
 from unimoe_ray.data.samples import SampleTable
 from unimoe_ray.training.checkpoint import checkpoint_dir, is_complete, load_model
 from unimoe_ray.training.trainer import run_stage
-
 
 TUNE_STEPS = 48
 SLOTS = ["base", "image", "speech", "audio"]
@@ -67,21 +67,22 @@ def _check_what_was_said(run: TinyRun, lines: list[dict], exported: dict[tuple[s
     def value(name: str, **labels: str) -> float:
         return exported[name, tuple(sorted({"run": "tune", **labels}.items()))]
 
-    # The exporter may lag behind the end of the run by some steps, not by many.
+    # What is exported may lag behind the end of the run by some steps, and be caught while a step is written down.
     step = int(value("step"))
     assert TUNE_STEPS // 2 < step <= TUNE_STEPS
-    assert value("loss") == lines[step - 1]["loss"] and value("lr") == lines[step - 1]["lr"]
-    assert value("tokens_per_s") == lines[step - 1]["tokens_per_s"]
+    near = lines[step - 2 : step + 1]
+    for name in ("loss", "lr", "tokens_per_s"):
+        assert value(name) in [line[name] for line in near]
     assert value("validation_loss", group="speech") in [lines[n - 1]["validation"]["speech"] for n in (20, 40)]
     assert value("findings_total", signature="collapse") == said["collapse"]
     for layer in range(2):
         for name in ("router_entropy", "busiest_share", "load_cv"):
-            assert value(name, layer=str(layer)) == lines[step - 1][name][layer]
+            assert value(name, layer=str(layer)) in [line[name][layer] for line in near]
         for number, slot in enumerate(SLOTS):
             labels = {"layer": str(layer), "expert": f"{number}-{slot}"}
-            assert value("expert_load", **labels) == lines[step - 1]["expert_load"][layer][number]
-            counts = [line["expert_tokens"]["text"][layer][number] for line in lines[:step]]
-            assert value("expert_tokens_total", kind="text", **labels) == sum(counts) > 0
+            assert value("expert_load", **labels) in [line["expert_load"][layer][number] for line in near]
+            routed = list(accumulate(line["expert_tokens"]["text"][layer][number] for line in lines))
+            assert value("expert_tokens_total", kind="text", **labels) in routed[step - 2 : step + 1]
 
 
 @pytest.mark.timeout(600)
