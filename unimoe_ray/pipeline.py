@@ -162,8 +162,10 @@ def evaluate(
     split: str = "test",
     tasks: list[str] | None = None,
     stage: str | None = None,
+    routing_file: Path | None = None,
 ) -> Evaluation:
-    """Answers of the run's last finished model on a held-out split."""
+    """Answers of the run's last finished model on a held-out split; the experts of its prompts' tokens into
+    ``routing_file``."""
     root = mini.suite(config, progress.message) if config.data.source == "mini" else Path(config.data.source)
     return evaluating.evaluate(
         config,
@@ -173,6 +175,7 @@ def evaluate(
         tasks=tasks,
         shards=cluster.workers(config),
         on_progress=lambda done, total: progress.count("answering held-out questions", done, total),
+        routing_file=routing_file,
     )
 
 

@@ -52,14 +52,14 @@ def _finding(finding: dict, end: int | None) -> Html:
 
 
 def _end(finding: dict, all_findings: list[dict]) -> int | None:
-    """The step at which a finding was over."""
+    """The last step at which a finding held, if it is over."""
 
     def place(of: dict) -> tuple:
         experts = of.get("experts") if of["signature"] == "dead" else None
         return of["run"], of["signature"], of.get("layer"), of.get("group"), tuple(experts or ())
 
-    ends = [f["step"] for f in all_findings if f.get("over") and place(f) == place(finding)]
-    return min((step for step in ends if step > finding["step"]), default=None)
+    ends = [f["since"] - 1 for f in all_findings if f.get("over") and place(f) == place(finding)]
+    return min((step for step in ends if step >= finding["step"]), default=None)
 
 
 def experts(data: RunData) -> Child:
@@ -170,8 +170,12 @@ def validation_charts(data: RunData) -> list[Html]:
         table = np.array([[losses.get(group, math.nan) for group in groups] for _, losses in curve.validations])
         if not np.isfinite(table).any():
             continue
-        series = [Series(group, table[:, i], None, colour_of(group)) for i, group in enumerate(groups)]
-        high = float(np.nanmax(np.where(np.isfinite(table), table, np.nan)))
+        # Mixed groups have the first one's colour, dashed.
+        series = [
+            Series(group, table[:, i], "stroke-dasharray:6 4" if "+" in group else None, colour_of(group.split("+")[0]))
+            for i, group in enumerate(groups)
+        ]
+        high = float(table[np.isfinite(table)].max())
         charts.append(lines_chart(f"{curve.run}: validation loss", steps, series, (0.0, max(high, 1e-9)), None))
     return charts
 

@@ -45,7 +45,10 @@ def lines_chart(
     if mark is not None:
         y = axes.y(mark[0])
         parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="mark-line"))
-        parts.append(tag("text", mark[1], x=LEFT + 4, y=y - 4 if y > TOP + 14 else y + 13, class_="mark-text"))
+        low = y > HEIGHT - BOTTOM - 14
+        parts.append(
+            tag("text", mark[1], x=WIDTH - RIGHT, y=y - 4 if low else y + 13, text_anchor="end", class_="mark-text")
+        )
     drawn = [line for line in series if np.isfinite(line.values).any()]
     ends = [line.values[np.isfinite(line.values)][-1] for line in drawn]
     for line, label_y in zip(

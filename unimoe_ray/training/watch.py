@@ -30,8 +30,11 @@ BALANCE = "a balance coefficient (model.moe.balance_coef)"
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to be said once. ``over``: it is gone again. layer and experts: indices, as in ``metrics.jsonl`` (the
-    text counts layers from 1, as the report does); group: a modality group."""
+    """Something to be said once. ``over``: it is gone again. since: the first step of what is said.
+
+    layer and experts: indices, as in ``metrics.jsonl`` (the text counts layers from 1, as the report does); group: a
+    modality group
+    """
 
     run: str
     step: int
@@ -59,7 +62,7 @@ class _Alarm:
     def observe(self, step: int, on: bool, off: bool, patience: int) -> bool | None:
         """True: begins now; False: ends now; None: nothing to say."""
         changes = off if self.active else on
-        if changes and not self.held and not self.active:
+        if changes and not self.held:
             self.since = step
         self.held = self.held + 1 if changes else 0
         if self.held < patience:
