@@ -101,7 +101,7 @@ class StagesConfig(Strict):
 class ValidationConfig(Strict):
     """Loss on the dev split while training, by modality group, of the tasks that the run trains on."""
 
-    every: int = Field(0, ge=0, description="steps between two validations; 0: none")
+    every: int = Field(0, ge=0, description="steps between two validations, besides one after the last; 0: none")
     samples: int = Field(16, ge=1, description="at most so many of each modality group, the same every time")
 
 
@@ -119,7 +119,7 @@ class WatchConfig(Strict):
     )
     divergence: float = Field(3.0, gt=1, description="median of the last losses over the lowest that it was")
     validation_rise: float = Field(
-        0.15, gt=0, description="rise of a group's validation loss above its lowest, while the others fall"
+        0.5, gt=0, description="part by which a group's validation loss is above its lowest, while the others fall"
     )
 
 

@@ -69,7 +69,7 @@ def train(job: Job) -> None:
         metrics = train_step(engine, step, run, config, device)
         metrics |= {"data_wait_s": round(waited, 4), "seconds": round(time.perf_counter() - started, 4)}
         metrics["tokens_per_s"] = round(metrics["tokens"] / max(metrics["seconds"], 1e-9), 1)
-        if validation is not None and (number + 1) % config.training.validation.every == 0:
+        if validation is not None and _is_due(number + 1, run.steps, config):
             metrics["validation"] = validate(engine, validation, device)
         if record is not None:
             line = {"step": number + 1, "steps": run.steps, "stage": job.stage, "run": job.label} | metrics
@@ -128,6 +128,10 @@ def _plan_validation(config: Config, job: Job, rank: int, world: int) -> Validat
         world=world,
         max_tokens=config.training.max_tokens_per_micro_batch,
     )
+
+
+def _is_due(step: int, steps: int, config: Config) -> bool:
+    return step % config.training.validation.every == 0 or step == steps
 
 
 def _token_counts(micro_batches: list[Arrays]) -> Counter:

@@ -16,15 +16,15 @@ from typing import Any
 from unimoe_ray.config.training import WatchConfig
 
 SIGNATURES = ("collapse", "dead", "imbalance", "validation", "divergence")
-# Validations in a row that must agree; they are rare, and each is over the same samples.
-VALIDATIONS = 2
+# Validations in a row that must agree: each is over the same few samples, whose loss wavers.
+VALIDATIONS = 3
 # A condition is gone only when its value is clearly back; else it would be said again and again at its threshold.
 BACK = 0.9
 # The loss of a run that ends near zero wavers by multiples of itself: a divergence is also this part of where it began.
 OF_FIRST_LOSS = 0.05
 NAMED_EXPERTS = 6
 # Nats per token: what the validation loss of a few samples wavers by when it is near zero.
-MIN_RISE = 0.02
+MIN_RISE = 0.05
 BALANCE = "a balance coefficient (model.moe.balance_coef)"
 
 
