@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -101,7 +101,25 @@ def _train_stage(config: Config, stage: str, progress: TrainProgress) -> None:
     from unimoe_ray.training.trainer import run_stage
 
     info = model_info(config)
-    lines, findings = (follow_metrics(config.run_dir / name) for name in ("metrics.jsonl", "findings.jsonl"))
+    trained = run_stage(
+        config,
+        stage,
+        info,
+        preparing.source(config, "train"),
+        preparing.tokenizer_path(config),
+        workers=cluster.workers(config),
+        use_gpu=cluster.uses_gpu(config),
+        follow=follow_runs(config.run_dir, progress),
+    )
+    for label in trained:
+        progress.done(label)
+    if not trained and getattr(config.stages, stage):
+        progress.message(f"stage {stage}: finished already")
+
+
+def follow_runs(run_dir: Path, progress: TrainProgress) -> Callable[[Path, list[str]], None]:
+    """For ``run_stage``: shows the steps and the findings of its runs."""
+    lines, findings = (follow_metrics(run_dir / name) for name in ("metrics.jsonl", "findings.jsonl"))
 
     def follow(_: Path, labels: list[str]) -> None:
         for line in lines():
@@ -111,20 +129,7 @@ def _train_stage(config: Config, stage: str, progress: TrainProgress) -> None:
             if finding["run"] in labels:
                 progress.message(f"{finding['run']}, step {finding['step']}: {finding['text']}")
 
-    trained = run_stage(
-        config,
-        stage,
-        info,
-        preparing.source(config, "train"),
-        preparing.tokenizer_path(config),
-        workers=cluster.workers(config),
-        use_gpu=cluster.uses_gpu(config),
-        follow=follow,
-    )
-    for label in trained:
-        progress.done(label)
-    if not trained and getattr(config.stages, stage):
-        progress.message(f"stage {stage}: finished already")
+    return follow
 
 
 def model_info(config: Config) -> ModelInfo:

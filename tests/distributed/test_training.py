@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections import Counter
@@ -12,6 +13,7 @@ import pytest
 import ray
 import requests
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 
 from tests.tiny import TinyRun
 from unimoe_ray import cluster
@@ -19,6 +21,8 @@ from unimoe_ray.data import prepare
 from unimoe_ray.data.loader import planned_micro_batches
 from unimoe_ray.data.plan import Mixture
 from unimoe_ray.data.samples import SampleTable
+from unimoe_ray.pipeline import follow_runs
+from unimoe_ray.progress import TrainProgress
 from unimoe_ray.training.checkpoint import checkpoint_dir, is_complete, load_model
 from unimoe_ray.training.trainer import run_stage
 
@@ -52,8 +56,8 @@ def _metrics(run: TinyRun) -> list[dict]:
     return [json.loads(line) for line in (run.config.run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def _check_what_was_said(run: TinyRun, lines: list[dict], exported: dict[tuple[str, tuple], float]) -> None:
-    """The router's rate is far too high: the run's own lines show it, the findings say it, Ray exports it."""
+def _check_what_was_said(run: TinyRun, lines: list[dict], exported: dict[tuple[str, tuple], float], shown: str) -> None:
+    """The router's rate is far too high: the run's own lines show it, file and terminal say it, Ray exports it."""
     findings = [json.loads(line) for line in (run.config.run_dir / "findings.jsonl").read_text().splitlines()]
     said = Counter(finding["signature"] for finding in findings if not finding["over"])
     assert said["collapse"] and {finding["run"] for finding in findings} == {"tune"}
@@ -62,6 +66,7 @@ def _check_what_was_said(run: TinyRun, lines: list[dict], exported: dict[tuple[s
     for line in lines[collapse["since"] - 1 : collapse["step"]]:
         assert line["busiest_share"][layer] >= 0.9
     assert f"layer {layer + 1} sends" in collapse["text"] and f"expert {expert} ({SLOTS[expert]})" in collapse["text"]
+    assert f"tune, step {collapse['step']}: {collapse['text']}\n" in shown and "tune            100 %" in shown
     assert [line["step"] for line in lines if "validation" in line] == VALIDATED
     assert lines[19]["validation"].keys() == {"text", "image", "video", "audio", "speech", "image+speech"}
 
@@ -107,12 +112,19 @@ def test_stages_on_a_real_cluster(tiny_run, monkeypatch):
         assert _run(tiny_run, "experts", workers=2) == ["experts/speech"]
 
         # Stage 3: two workers on one run.
-        assert _run(tiny_run, "tune", workers=2, follow=lambda *_: _exported(exported)) == ["tune"]
+        console = Console(file=io.StringIO(), width=400)
+        show = follow_runs(tiny_run.config.run_dir, TrainProgress(console))
+
+        def follow(*given) -> None:
+            show(*given)
+            _exported(exported)
+
+        assert _run(tiny_run, "tune", workers=2, follow=follow) == ["tune"]
     lines = [x for x in _metrics(tiny_run) if x["run"] == "tune"]
     assert [x["step"] for x in lines] == list(range(1, TUNE_STEPS + 1))
     assert all(x["world"] == 2 and x["samples"] == 8 for x in lines)
     assert all(sum(layer) == pytest.approx(1, abs=1e-3) for x in lines for layer in x["expert_load"])
-    _check_what_was_said(tiny_run, lines, exported)
+    _check_what_was_said(tiny_run, lines, exported, console.file.getvalue())
     model, info, _ = load_model(checkpoint_dir(tiny_run.config.run_dir, "tune", "tune"))
     assert info.sparse and not any("lora" in name for name in model.state_dict())
 
