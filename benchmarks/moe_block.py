@@ -127,7 +127,9 @@ def mixtral(layer: MoELayer, implementation: str) -> nn.Module:
     block = MixtralSparseMoeBlock(config)
     gate_up = torch.stack([torch.cat([e.gate_proj.weight, e.up_proj.weight]) for e in layer.experts])
     down = torch.stack([e.down_proj.weight for e in layer.experts])
-    block.load_state_dict({"gate.weight": layer.gate.weight, "experts.gate_up_proj": gate_up, "experts.down_proj": down})
+    block.load_state_dict(
+        {"gate.weight": layer.gate.weight, "experts.gate_up_proj": gate_up, "experts.down_proj": down}
+    )
     return block
 
 

@@ -69,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
         "--stage", choices=["base", "align", "tune"], help="the model after this stage (default: last)"
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
+    evaluate.add_argument(
+        "--routing", type=Path, metavar="FILE", help="write the experts and weights of every prompt token (Parquet)"
+    )
     evaluate.set_defaults(run=_eval)
 
     chat = commands.add_parser("chat", help="talk to a run's model; without a question, interactively")
@@ -180,6 +183,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _eval(arguments: argparse.Namespace) -> int:
     settings = config.load_run(arguments.run_folder)
+    if arguments.routing and not arguments.routing.absolute().parent.is_dir():
+        raise UsageError(f"--routing {arguments.routing}: there is no folder {arguments.routing.parent}")
     from rich.console import Console
 
     from unimoe_ray import cluster, pipeline
@@ -190,7 +195,12 @@ def _eval(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     with cluster.connect(settings), TrainProgress(Console(stderr=True)) as progress:
         result = pipeline.evaluate(
-            settings, progress, split=arguments.split, tasks=arguments.task, stage=arguments.stage
+            settings,
+            progress,
+            split=arguments.split,
+            tasks=arguments.task,
+            stage=arguments.stage,
+            routing_file=arguments.routing,
         )
     stamp = pipeline.stamp(settings, time.perf_counter() - started)
     if not (arguments.task or arguments.stage or arguments.split != "test"):

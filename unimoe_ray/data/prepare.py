@@ -21,6 +21,8 @@ from unimoe_ray.data.tokenizer import load_tokenizer, train_tokenizer
 from unimoe_ray.errors import UnimoeError
 
 SPLITS = ("train", "dev", "test")
+# Samples of dev and test end where the answer is to begin; these are dev's with it, for a loss while training.
+VALIDATION = "validation"
 
 
 @dataclass
@@ -70,7 +72,9 @@ def prepare(
     done = data_dir(config) / "prepared.json"
     if done.is_file():
         found = json.loads(done.read_text())
-        if found["stamp"] == stamp and all(Path(folder).is_dir() for folder in found["partitions"].values()):
+        files = [data_dir(config) / f"{split}.arrow" for split in (*SPLITS, VALIDATION)]
+        there = all(Path(path).exists() for path in (*files, *found["partitions"].values()))
+        if found["stamp"] == stamp and there:
             return Prepared(**found["summary"] | {"encoded": 0})
     # From here on the files below belong to neither the old nor the new configuration, until all are written.
     done.unlink(missing_ok=True)
@@ -90,7 +94,7 @@ def prepare(
     summary = Prepared(media=len(media), encoded=encoded)
     used: set[str] = set()
     for split, items in samples.items():
-        rows = []
+        rows, answered = [], []
         for sample in items:
             reason = _broken_media(names[split].get(sample.id), broken)
             if sample.id not in names[split]:
@@ -107,7 +111,12 @@ def prepare(
                 quarantine.append({"split": split, "id": sample.id, "reason": reason})
                 continue
             rows.append(row)
+            if split == "dev":
+                whole = _tokenise(sample, names[split][sample.id], template, stores, soft_tokens, False)
+                answered += [whole] if whole.length <= language.max_positions else []
         write_samples(data_dir(config) / f"{split}.arrow", rows)
+        if split == "dev":
+            write_samples(data_dir(config) / f"{VALIDATION}.arrow", answered)
         used |= {name.split("/")[0] for row in rows for name in row.media}
         summary.samples[split] = dict(sorted(Counter(row.task for row in rows).items()))
     summary.quarantined = len(quarantine)

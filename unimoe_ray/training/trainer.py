@@ -69,7 +69,8 @@ def run_stage(
     if not jobs:
         return []
     metrics = config.run_dir / "metrics.jsonl"
-    _forget(metrics, {job.label for job in jobs})
+    for path in (metrics, config.run_dir / "findings.jsonl"):
+        _forget(path, {job.label for job in jobs})
     each = max(1, workers // len(jobs))
     if stage == "tune":
         expert_parallel_size(config.training.expert_parallel.ep_size, each, config.model.moe.num_experts)
@@ -144,13 +145,11 @@ def _file_hash(path: str, changed_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _forget(metrics: Path, labels: set[str]) -> None:
+def _forget(path: Path, labels: set[str]) -> None:
     """Drop the lines of runs that start again."""
-    if metrics.is_file():
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-        metrics.write_text(
-            "".join(f"{line}\n" for line in lines if _label(line) not in labels | {None}), encoding="utf-8"
-        )
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        path.write_text("".join(f"{line}\n" for line in lines if _label(line) not in labels | {None}), encoding="utf-8")
 
 
 def _label(line: str) -> Any:
