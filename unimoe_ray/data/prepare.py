@@ -65,7 +65,9 @@ def prepare(
     Raises UnimoeError past ``data.max_bad_fraction``.
     """
     language = config.model.language
-    pretrained = None if language.pretrained is None else load_pretrained_tokenizer(language.pretrained)
+    pretrained = None
+    if language.pretrained is not None:
+        pretrained = load_pretrained_tokenizer(language.pretrained, config.data.template)
     stamp = _stamp(config, root, settings, pretrained)
     done = data_dir(config) / "prepared.json"
     if done.is_file():

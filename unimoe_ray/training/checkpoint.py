@@ -49,11 +49,16 @@ class ModelInfo:
     template: str = "compact"
     legacy: bool = True
 
-    def build(self, *, pretrained: bool = False) -> UniMoE:
-        """``pretrained``: with the weights of the language model that the configuration names, if it names one; else
-        they are random, for a checkpoint's to be loaded."""
-        llama = None if pretrained or self.llama is None else LlamaConfig.from_dict(self.llama)
-        model = UniMoE(ModelConfig.model_validate(self.model), self.vocab_size, self.feature_dims, llama)
+    def build(self, *, pretrained: str | None = None) -> UniMoE:
+        """``pretrained``: with the weights of the language model in this folder or of this hub name; else they are
+        random, for a checkpoint's to be loaded."""
+        settings = ModelConfig.model_validate(self.model)
+        if pretrained is not None:
+            language = settings.language.model_copy(update={"pretrained": pretrained})
+            settings, llama = settings.model_copy(update={"language": language}), None
+        else:
+            llama = None if self.llama is None else LlamaConfig.from_dict(self.llama)
+        model = UniMoE(settings, self.vocab_size, self.feature_dims, llama)
         if self.sparse:
             model.make_sparse()
         return model
