@@ -100,10 +100,11 @@ class ConnectorConfig(Strict):
 
 
 class ConnectorsConfig(Strict):
-    """Connectors of modalities that differ from ``model.connector``."""
+    """Connectors of modalities that differ from ``model.connector``. ``video: image`` is the published model's: one
+    projector, the same weights, for images and the frames of videos."""
 
     image: ConnectorConfig | None = None
-    video: ConnectorConfig | None = None
+    video: ConnectorConfig | Literal["image"] | None = None
     audio: ConnectorConfig | None = None
     speech: ConnectorConfig | None = None
 
@@ -183,8 +184,20 @@ class ModelConfig(Strict):
         kind = self.connector_of("video").type
         if kind not in ("mlp", "mlp2x_gelu"):
             raise ValueError(f"the connector of videos is a {kind}; allowed: mlp, mlp2x_gelu")
+        if self.video_shares_image and self.video.pooling != "mean":
+            raise ValueError(
+                f"connectors.video is image, whose projector sees one patch at a time; video.pooling is "
+                f"{self.video.pooling}, allowed: mean"
+            )
         return self
+
+    @property
+    def video_shares_image(self) -> bool:
+        """Whether the connectors of videos and images have the same weights."""
+        return self.connectors.video == "image"
 
     def connector_of(self, modality: str) -> ConnectorConfig:
         """The connector's settings of one modality."""
+        if modality == "video" and self.video_shares_image:
+            modality = "image"
         return getattr(self.connectors, modality) or self.connector

@@ -143,8 +143,11 @@ def load_connectors(folder: Path, modalities: list[str]) -> tuple[nn.ModuleDict,
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             for modality in modalities:
-                prefix = f"connectors.{modality}."
-                state = {k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118
+                state = {}
+                # A shared connector's layers have the image connector's name only.
+                shared = modality == "video" and config.video_shares_image
+                for prefix in [f"connectors.{m}." for m in (["image"] if shared else []) + [modality]]:
+                    state |= {k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118
                 hidden = file.get_slice("language.model.embed_tokens.weight").get_shape()[1]
                 connector = build_connector(
                     modality, info.feature_dims[modality], hidden, config.connector_of(modality), config.video

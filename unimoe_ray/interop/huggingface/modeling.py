@@ -39,7 +39,7 @@ class UniMoEForConditionalGeneration(PreTrainedModel):
         if config.sparse:
             self.unimoe.make_sparse()
         self.towers = nn.ModuleDict({m: build_tower(description) for m, description in config.towers.items()})
-        self._tied_weights_keys = self._shared_in_towers()
+        self._tied_weights_keys = self._shared_weights()
         self.post_init()
 
     @classmethod
@@ -150,11 +150,12 @@ class UniMoEForConditionalGeneration(PreTrainedModel):
                 tied |= {f"{prefix}.{second}": f"{prefix}.{first}" for second, first in inside.items()}
         return tied
 
-    def _shared_in_towers(self) -> dict[str, str]:
-        """BEATs has one table of relative positions under every layer."""
+    def _shared_weights(self) -> dict[str, str]:
+        """BEATs has one table of relative positions under every layer; videos may have the image connector's layers."""
         first_names: dict[int, str] = {}
         shared = {}
-        for name, parameter in self.towers.named_parameters("towers", remove_duplicate=False):
-            if first_names.setdefault(id(parameter), name) != name:
-                shared[name] = first_names[id(parameter)]
+        for prefix, part in (("towers", self.towers), ("unimoe.connectors", self.unimoe.connectors)):
+            for name, parameter in part.named_parameters(prefix, remove_duplicate=False):
+                if first_names.setdefault(id(parameter), name) != name:
+                    shared[name] = first_names[id(parameter)]
         return shared

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import Blip2QFormerConfig, WhisperConfig
 
-from unimoe_ray.config.model import ConnectorConfig, VideoConfig
+from unimoe_ray.config.model import MODALITIES, ConnectorConfig, ModelConfig, VideoConfig
 from unimoe_ray.model.connectors.base import Connector
 from unimoe_ray.model.connectors.mlp import GeluProjector, MLPConnector
 from unimoe_ray.model.connectors.queries import QFormerConnector, QueryConnector, WhisperDecoderConnector
@@ -20,8 +21,21 @@ __all__ = [
     "VideoProjector",
     "WhisperDecoderConnector",
     "build_connector",
+    "build_connectors",
     "merge_patches",
 ]
+
+
+def build_connectors(feature_dims: dict[str, int], hidden_size: int, config: ModelConfig) -> nn.ModuleDict:
+    """Those of all modalities. With ``connectors.video: image``, the layers of the image connector are also the video
+    connector's: they have two names in a state dict, and are one parameter to everything else."""
+    connectors = nn.ModuleDict(
+        {m: build_connector(m, feature_dims[m], hidden_size, config.connector_of(m), config.video) for m in MODALITIES}
+    )
+    if config.video_shares_image:
+        for name, layer in connectors["image"].named_children():
+            setattr(connectors["video"], name, layer)
+    return connectors
 
 
 def build_connector(
