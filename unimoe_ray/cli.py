@@ -204,6 +204,8 @@ def _chat(arguments: argparse.Namespace) -> int:
     conversation = Conversation(settings, final_model(settings))
     if arguments.question is not None:
         reply = conversation.ask(arguments.question, attached)
+        if conversation.note:
+            print(f"unimoe: {conversation.note}", file=sys.stderr)
         print(json.dumps({"question": arguments.question, "answer": reply}) if arguments.json else reply)
         return 0
     from unimoe_ray.repl import interact

@@ -89,6 +89,13 @@ def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
         f"prepared {total} samples of {result.media} media files ({result.encoded} encoded now, "
         f"{result.quarantined} records in quarantine)"
     )
+    if result.shortened:
+        path = config.run_dir / preparing.SHORTENED
+        first = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
+        progress.message(
+            f"{result.shortened} of them were longer than model.language.max_positions and were shortened (first: "
+            f"{first['split']} {first['id']}: {first['what']}); all in {path}"
+        )
     return result
 
 

@@ -110,7 +110,7 @@ def _train(rank: int, world: int, run: TinyRun, stage: str, name: str) -> dict:
         dist.all_reduce(answers)
         for group, g in zip(engine.optimizer.param_groups, groups, strict=True):
             group["lr"] = g.lr * learning_rate_factor(number, settings.steps, run.config.training.optimizer)
-        backward_step(engine, batches, int(answers), 0.0)
+        backward_step(engine, batches, int(answers))
         if number == 0:
             grads = {key: safe_get_full_grad(p).clone() for key, p in model.named_parameters() if p.requires_grad}
         engine.step()

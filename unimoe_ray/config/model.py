@@ -10,6 +10,7 @@ from unimoe_ray.config.base import Strict
 
 MODALITIES = ("image", "video", "audio", "speech")
 PLACEHOLDER_IDS = {"image": -200, "audio": -300, "video": -400, "speech": -500}
+TOKEN_KINDS = ("text", *MODALITIES)
 IGNORE_INDEX = -100
 # What ``path`` names for each published tower.
 PUBLISHED_TOWERS = {
@@ -53,6 +54,11 @@ class MoEConfig(Strict):
     layers: Literal["all", "interval", "first_half", "second_half", "none"] = "all"
     balance_coef: float = Field(0.0, ge=0)
     balance_over_layers: Literal["mean", "sum"] = "mean"
+    balance_share: Literal["all", "first"] = Field(
+        "all", description="balance all routed slots, or first choices only, as the official 8 experts do"
+    )
+    balance_per: Literal["batch", "modality"] = "batch"
+    z_loss_coef: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> MoEConfig:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from unimoe_ray.config.model import LanguageConfig
+from unimoe_ray.config.model import TOKEN_KINDS, LanguageConfig, MoEConfig
 from unimoe_ray.errors import UsageError
-from unimoe_ray.model.moe import MoELayer, RoutingStats
+from unimoe_ray.model.moe import MoELayer
 from unimoe_ray.model.pretrained import naming, read_config, read_pretrained
+from unimoe_ray.model.routing import RoutingStats, RoutingSums, balance_loss, z_loss
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -20,20 +21,34 @@ class RoutingRecorder:
     """Shared by the mixtures of one model: which tokens count, and the statistics of the last forward pass.
 
     token_mask [T] bool or None: tokens that are routed; padding passes through as zeros
+    kinds [routed tokens] int64 or None: index of each token's kind in ``TOKEN_KINDS``
+    group_sum: sums a tensor over the processes that share a step, for the losses of the routers; alone, the tensor
+        itself
     """
 
     def __init__(self) -> None:
         self.token_mask: torch.Tensor | None = None
+        self.kinds: torch.Tensor | None = None
         self.layers: list[RoutingStats] = []
+        self.group_sum: Callable[[torch.Tensor], torch.Tensor] | None = None
 
-    def start(self, token_mask: torch.Tensor | None) -> None:
-        self.token_mask, self.layers = token_mask, []
+    def start(self, token_mask: torch.Tensor | None, kinds: torch.Tensor | None = None) -> None:
+        self.token_mask, self.kinds, self.layers = token_mask, kinds, []
 
-    def balance_loss(self, over_layers: str) -> torch.Tensor | float:
-        if not self.layers:
+    def sums(self) -> RoutingSums:
+        """Statistics of the pass by layer and kind of token, fields [L, G, ...]. Needs a mixture."""
+        return RoutingSums.stack([stats.sums for stats in self.layers])
+
+    def loss(self, config: MoEConfig) -> torch.Tensor | float:
+        """Weighted balance loss and z-loss of the pass, over the tokens of the whole group; 0 if both are off."""
+        if not self.layers or not (config.balance_coef or config.z_loss_coef):
             return 0.0
-        losses = torch.stack([stats.balance_loss for stats in self.layers])
-        return losses.mean() if over_layers == "mean" else losses.sum()
+        sums = self.sums()
+        if self.group_sum is not None:
+            sums = sums.map(self.group_sum)
+        balance = balance_loss(sums, config.balance_share, config.balance_per)
+        balance = balance.mean() if config.balance_over_layers == "mean" else balance.sum()
+        return config.balance_coef * balance + config.z_loss_coef * z_loss(sums).mean()
 
 
 class SparseFeedForward(MoELayer):
@@ -47,12 +62,13 @@ class SparseFeedForward(MoELayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mask = self.recorder.token_mask
+        kinds = self.recorder.kinds
         if mask is None:
-            y, stats = super().forward(x)
+            y, stats = super().forward(x, kinds, len(TOKEN_KINDS))
         else:
             tokens = x.reshape(-1, x.shape[-1])
             index = mask.nonzero().squeeze(-1)
-            routed, stats = super().forward(tokens[index])
+            routed, stats = super().forward(tokens[index], kinds, len(TOKEN_KINDS))
             y = torch.zeros_like(tokens).index_copy(0, index, routed.to(tokens.dtype)).view_as(x)
         self.recorder.layers.append(stats)
         return y

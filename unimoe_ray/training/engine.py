@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from unimoe_ray.config.training import OptimizerConfig, TrainingConfig
+from unimoe_ray.model.routing import RoutingSums
 from unimoe_ray.model.unimoe import Batch, UniMoE
 
 
@@ -60,6 +61,8 @@ def initialize(model: UniMoE, groups: list[Group], config: TrainingConfig, weigh
     if pick_precision(config, device) is torch.bfloat16:
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    if dist.get_world_size() > 1:
+        model.recorder.group_sum = GroupSum.apply
     return engine
 
 
@@ -72,28 +75,41 @@ def learning_rate_factor(step: int, steps: int, config: OptimizerConfig) -> floa
     return config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def backward_step(
-    engine, batches: list[Batch], answer_tokens: int, balance_coef: float
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def backward_step(engine, batches: list[Batch], answer_tokens: int) -> tuple[torch.Tensor, RoutingSums | None]:
     """Gradients of one global batch, reduced over ranks.
 
     The loss is the sum of token losses over the global batch divided by its ``answer_tokens``, so neither world size
-    nor accumulation changes it. Gradients are reduced once, after the last micro-batch, in parameter order: ranks may
-    be on different modalities at the same moment.
-    Returns this rank's summed token loss and the routed slots of each mixture layer [E].
+    nor accumulation changes it, plus the mean over micro-batches of the routers' loss, each over the tokens of all
+    ranks. Gradients are reduced once, after the last micro-batch, in parameter order: ranks may be on different
+    modalities at the same moment. All ranks bring equally many ``batches``.
+    Returns this rank's summed token loss and its routing statistics by mixture layer (None of a dense model).
     """
     world = dist.get_world_size()
     total = torch.zeros((), device=engine.device)
-    load: list[torch.Tensor] = []
+    routing: RoutingSums | None = None
+    recorder = engine.module.recorder
     with engine.coalesce_grad_reduction():
         for batch in batches:
             loss = engine(batch)
-            # DeepSpeed averages over ranks; the balance loss is a mean over micro-batches as well.
-            scaled = loss.token_loss * (world / max(answer_tokens, 1))
-            if balance_coef:
-                scaled = scaled + balance_coef / len(batches) * loss.balance_loss
-            engine.backward(scaled)
+            if recorder.layers:
+                with torch.no_grad():
+                    sums = recorder.sums().map(torch.Tensor.detach)
+                routing = sums if routing is None else routing + sums
+            # DeepSpeed averages gradients over ranks; both losses are sums over them.
+            engine.backward(world * (loss.token_loss / max(answer_tokens, 1) + loss.router_loss / len(batches)))
             total += loss.token_loss.detach()
-            counts = [stats.tokens_per_expert for stats in engine.module.recorder.layers]
-            load = [a + b for a, b in zip(load, counts, strict=True)] if load else counts
-    return total, load
+    return total, routing
+
+
+class GroupSum(torch.autograd.Function):
+    """Sum over all ranks. Every rank computes the same function of the sum, whose gradient is therefore its own."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        return grad

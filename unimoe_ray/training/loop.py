@@ -10,13 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray.train
 import torch
 import torch.distributed as dist
 
 from unimoe_ray.config import Config, parse
-from unimoe_ray.config.model import PLACEHOLDER_IDS
+from unimoe_ray.config.model import PLACEHOLDER_IDS, TOKEN_KINDS
 from unimoe_ray.config.training import TrainRun
 from unimoe_ray.data.batch import Arrays
 from unimoe_ray.data.loader import Step, iterate_steps, planned_micro_batches, rank_dataset
@@ -27,6 +26,7 @@ from unimoe_ray.model.unimoe import to_batch
 from unimoe_ray.training.checkpoint import ModelInfo, save_model
 from unimoe_ray.training.engine import backward_step, initialize, learning_rate_factor, pick_device
 from unimoe_ray.training.job import Job
+from unimoe_ray.training.routing import over_ranks, routing_metrics
 from unimoe_ray.training.stages import make_trainable, merge_lora, start_model
 
 
@@ -86,7 +86,9 @@ def train(job: Job) -> None:
 def train_step(engine, step: Step, run: TrainRun, config: Config, device: torch.device) -> dict[str, Any]:
     """One optimizer step; metrics over all ranks."""
     counts = _token_counts(step.micro_batches)
-    local = torch.tensor([counts["answer"], counts["all"], step.samples, *(counts[m] for m in _KINDS)], device=device)
+    local = torch.tensor(
+        [counts["answer"], counts["all"], step.samples, *(counts[m] for m in TOKEN_KINDS)], device=device
+    )
     dist.all_reduce(local)
     answer_tokens, tokens, samples, *by_modality = local.tolist()
 
@@ -94,28 +96,19 @@ def train_step(engine, step: Step, run: TrainRun, config: Config, device: torch.
     for group, lr in zip(engine.optimizer.param_groups, run.train.values(), strict=True):
         group["lr"] = lr * factor
     batches = [to_batch(arrays).to(device) for arrays in step.micro_batches]
-    total, load = backward_step(engine, batches, answer_tokens, config.model.moe.balance_coef)
+    total, routing = backward_step(engine, batches, answer_tokens)
     engine.step()
 
-    reduced = torch.cat([total.reshape(1), *(layer.to(total) for layer in load)])
-    dist.all_reduce(reduced)
-    loss, *slots = reduced.tolist()
-    shares = None
-    if load:
-        per_layer = np.array(slots).reshape(len(load), -1)
-        shares = np.round(per_layer / per_layer.sum(axis=1, keepdims=True).clip(1), 4).tolist()
+    dist.all_reduce(total)
     return {
-        "loss": round(loss / max(answer_tokens, 1), 6),
+        "loss": round(float(total) / max(answer_tokens, 1), 6),
         "lr": round(max(run.train.values()) * factor, 8),
         "tokens": tokens,
         "samples": samples,
-        "modality": dict(zip(_KINDS, by_modality, strict=True)),
-        "expert_load": shares,
+        "modality": dict(zip(TOKEN_KINDS, by_modality, strict=True)),
         "micro_batches": len(batches),
+        **(routing_metrics(over_ranks(routing)) if routing is not None else {"expert_load": None}),
     }
-
-
-_KINDS = ("text", *PLACEHOLDER_IDS)
 
 
 def _token_counts(micro_batches: list[Arrays]) -> Counter:
