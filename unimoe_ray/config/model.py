@@ -59,6 +59,19 @@ class MoEConfig(Strict):
     )
     balance_per: Literal["batch", "modality"] = "batch"
     z_loss_coef: float = Field(0.0, ge=0)
+    multimodal_loss_coef: float = Field(
+        0.0, ge=0, description="the official 8 experts': tokens of a modality to the slots that are named after it"
+    )
+    kl_loss_coef: float = Field(0.0, ge=0, description="the official 8 experts': modalities to different slots")
+
+    @model_validator(mode="after")
+    def _slots_are_named_after_modalities(self) -> MoEConfig:
+        if self.multimodal_loss_coef and not self.experts_by_modality():
+            raise ValueError(
+                f"multimodal_loss_coef is {self.multimodal_loss_coef}, but none of slots ({', '.join(self.slots)}) is "
+                "named after a modality (such as image, or image_speech)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> MoEConfig:
@@ -69,6 +82,14 @@ class MoEConfig(Strict):
     @property
     def num_experts(self) -> int:
         return len(self.slots)
+
+    def experts_by_modality(self) -> dict[str, list[int]]:
+        """The slots whose names hold a modality's (``image_speech`` is of two); those of images are also of videos,
+        unless some are named after videos."""
+        words = [slot.split("_") for slot in self.slots]
+        found = {m: [slot for slot, names in enumerate(words) if m in names] for m in MODALITIES}
+        found["video"] = found["video"] or found["image"]
+        return {modality: slots for modality, slots in found.items() if slots}
 
     def sparse_layers(self, num_layers: int) -> list[int]:
         """Indices of the layers whose feed-forward is a mixture (``interval`` is every other one, from 0)."""

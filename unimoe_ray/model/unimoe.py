@@ -124,7 +124,7 @@ class UniMoE(nn.Module):
         and no attention mask is needed. Raises UnimoeError when it is longer than ``max_positions``."""
         self._check_length(batch, 0)
         embeddings = self.embed(batch)
-        self.recorder.start(batch.mask.reshape(-1), token_kinds(batch.input_ids[batch.mask]))
+        self.recorder.start(batch.mask.reshape(-1), token_kinds(batch.input_ids[batch.mask]), len(batch.mask))
         decoder = self.language.get_decoder()
         hidden = decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         targets = batch.labels[:, 1:].reshape(-1)
