@@ -119,6 +119,23 @@ def test_exported_names_are_those_of_the_4_expert_checkpoints(tmp_path):
     assert "model.mm_audio_aligner.query_tokens" in load_file(tmp_path / "mm_audio_aligner.safetensors")
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_weights_of_another_type(tmp_path, name, dtype):
+    official = LAYOUTS["speech"](tmp_path / "official")
+    bring(official.folders, tmp_path / "model")
+    half = ["import", "--from", "official", *map(str, official.folders), "--to", str(tmp_path / "half")]
+    with pytest.raises(SystemExit) as stop:
+        main([*half, "--dtype", name])
+    assert stop.value.code == 0
+    whole, half = (load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "half"))
+    assert whole.keys() == half.keys()
+    assert all(half[key].dtype == dtype and torch.equal(half[key], whole[key].to(dtype)) for key in whole)
+    sizes = [(tmp_path / folder / "model.safetensors").stat().st_size for folder in ("half", "model")]
+    assert sizes[0] < 0.6 * sizes[1]
+    model, *_ = load_model(tmp_path / "half")
+    assert all(torch.equal(model.state_dict()[key], half[key].float()) for key in half)
+
+
 def test_our_names_and_theirs_are_inverse():
     model = random_model("speech", 4, "interval")
     for name in model.state_dict():

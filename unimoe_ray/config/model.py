@@ -119,11 +119,18 @@ class QueriesConfig(Strict):
 class ConnectorConfig(Strict):
     """``mlp``: LayerNorm, Linear, GELU, Linear. ``mlp2x_gelu``: Linear, GELU, Linear. ``qformer``, ``whisper_decoder``:
     learned queries. The output is scaled to the RMS of the text embeddings if ``match_text_rms`` (the published model
-    does not)."""
+    does not). ``pretrained``: the Whisper whose decoder a ``whisper_decoder`` starts as, as the published one did."""
 
     type: Literal["mlp", "mlp2x_gelu", "qformer", "whisper_decoder"] = "mlp"
     match_text_rms: bool = True
     queries: QueriesConfig = QueriesConfig()
+    pretrained: str | None = Field(None, description="folder or hub name of a Whisper, for type whisper_decoder")
+
+    @model_validator(mode="after")
+    def _only_a_decoder_starts_as_one(self) -> ConnectorConfig:
+        if self.pretrained is not None and self.type != "whisper_decoder":
+            raise ValueError(f"pretrained is for type whisper_decoder; this connector is {self.type}")
+        return self
 
 
 class ConnectorsConfig(Strict):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from unimoe_ray.errors import UnimoeError
@@ -52,6 +53,14 @@ def _first_line(error: Exception) -> str:
     """What is wrong; torch says in the second line which tensor does not fit."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[1] if len(lines) > 1 and lines[0].startswith("Error(s) in loading") else lines[0]
+
+
+@contextmanager
+def uninitialised() -> Iterator[None]:
+    """Modules made here have whatever was in memory for weights: for those that a file will fill at once, as random
+    numbers for billions of parameters take minutes. Not for several threads at a time: torch's initialisers are off."""
+    with no_init_weights():
+        yield
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from unimoe_ray.data.tokenizer import load_tokenizer
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.model.connectors import build_connector
 from unimoe_ray.model.features import Tower
+from unimoe_ray.model.pretrained import uninitialised
 from unimoe_ray.model.unimoe import UniMoE
 
 WEIGHTS = "model.safetensors"
@@ -130,7 +131,9 @@ def load_info(folder: Path) -> ModelInfo:
 def load_model(folder: Path) -> tuple[UniMoE, ModelInfo, Tokenizer]:
     """The model in eval mode on the CPU, with its tokenizer. Raises UnimoeError naming the folder."""
     info = load_info(folder)
-    model = info.build()
+    with uninitialised():
+        model = info.build()
+    model.language.tie_weights()
     load_weights(model, folder)
     return model.eval(), info, load_tokenizer(folder / "tokenizer.json")
 

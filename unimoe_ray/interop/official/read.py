@@ -75,13 +75,18 @@ def open_checkpoint(folders: list[Path]) -> Checkpoint:
     return Checkpoint(settings, vocab, dims, shapes, plan, fresh, plan.report(unread, sorted(fresh)))
 
 
-def write_weights(checkpoint: Checkpoint, path: Path, on_progress: Progress = lambda done, total: None) -> None:
-    """All weights into one safetensors file, fp32. Adapters are merged in fp32: published numbers were made in fp16 and
-    then bf16, and carry that rounding."""
+def write_weights(
+    checkpoint: Checkpoint,
+    path: Path,
+    on_progress: Progress = lambda done, total: None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """All weights into one safetensors file. Adapters are merged in fp32 and the result is rounded once: published
+    numbers were made in fp16 and then bf16, and carry that rounding."""
     by_file: dict[Path, list[str]] = {}
     for target, source in checkpoint.plan.sources.items():
         by_file.setdefault(source.origin.path, []).append(target)
-    with TensorWriter(path, checkpoint.shapes) as writer:
+    with TensorWriter(path, checkpoint.shapes, dtype) as writer:
         for kind, module in checkpoint.fresh.items():
             for name, tensor in module.state_dict().items():
                 writer.write(f"connectors.{kind}.{name}", tensor)
