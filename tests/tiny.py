@@ -43,7 +43,8 @@ class TinyRun:
 
 def tiny_config(root: Path, **changes) -> Config:
     run = {"steps": 3, "batch_size": 8, "tasks": {"see": 2, "watch": 1, "hear": 1, "listen": 1, "ask": 1, "read": 1}}
-    connectors = {f"connector.{m}": 2e-2 for m in MODALITIES}
+    shared = changes.get("model", {}).get("connectors", {}).get("video") == "image"
+    connectors = {f"connector.{m}": 2e-2 for m in MODALITIES if not (shared and m == "video")}
     lora = {"r": 4, "alpha": 8}
     tree = {
         "name": "tiny",

@@ -15,6 +15,7 @@ from unimoe_ray.config.training import STAGES
 from unimoe_ray.errors import UnimoeError, UsageError
 
 EXPORT_FORMATS = ("mixtral", "hf", "official")
+DTYPES = ("fp32", "bf16", "fp16")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     importer.add_argument("--from", dest="form", choices=["official"], required=True, help="what wrote it")
     importer.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="base checkpoint, then what tunes it")
     importer.add_argument("--to", type=Path, required=True, metavar="OUT", help="model folder to make")
+    importer.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: fp32)")
     importer.set_defaults(run=_import)
 
     placing = commands.add_parser("plan-experts", help="which rank would hold which experts, and why")
@@ -230,6 +232,8 @@ def _chat(arguments: argparse.Namespace) -> int:
     conversation = Conversation(settings, final_model(settings))
     if arguments.question is not None:
         reply = conversation.ask(arguments.question, attached)
+        if conversation.note:
+            print(f"unimoe: {conversation.note}", file=sys.stderr)
         print(json.dumps({"question": arguments.question, "answer": reply}) if arguments.json else reply)
         return 0
     from unimoe_ray.repl import interact
@@ -272,7 +276,8 @@ def _import(arguments: argparse.Namespace) -> int:
     def show(done: int, total: int) -> None:
         print(f"unimoe: file {done + 1} of {total}", file=sys.stderr)
 
-    for line in convert.summary(convert.import_official(arguments.folders, arguments.to, show)):
+    report = convert.import_official(arguments.folders, arguments.to, show, convert.DTYPES[arguments.dtype])
+    for line in convert.summary(report):
         print(line)
     print(arguments.to)
     return 0

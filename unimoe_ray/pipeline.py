@@ -24,6 +24,7 @@ from unimoe_ray.data.tokenizer import load_tokenizer
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.evaluation import evaluate as evaluating
 from unimoe_ray.evaluation.evaluate import Evaluation
+from unimoe_ray.llama import checkpoint_of
 from unimoe_ray.mini import source as mini
 from unimoe_ray.model.connectors import build_connector
 from unimoe_ray.model.language import pretrained_config
@@ -76,7 +77,7 @@ def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
     }
     del towers
     result = preparing.prepare(
-        config,
+        with_checkpoint(config, progress.message),
         root.resolve(),
         settings,
         lambda kind, lengths: connectors[kind].soft_tokens(lengths),
@@ -88,6 +89,13 @@ def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
         f"prepared {total} samples of {result.media} media files ({result.encoded} encoded now, "
         f"{result.quarantined} records in quarantine)"
     )
+    if result.shortened:
+        path = config.run_dir / preparing.SHORTENED
+        first = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
+        progress.message(
+            f"{result.shortened} of them were longer than model.language.max_positions and were shortened (first: "
+            f"{first['split']} {first['id']}: {first['what']}); all in {path}"
+        )
     return result
 
 
@@ -138,10 +146,12 @@ def model_info(config: Config) -> ModelInfo:
     towers = load_towers(config)
     tokens = load_tokenizer(preparing.tokenizer_path(config)).get_vocab_size()
     llama, legacy = None, True
-    if (pretrained := config.model.language.pretrained) is not None:
-        llama, legacy = pretrained_config(config.model.language), load_pretrained_tokenizer(pretrained).legacy
+    if config.model.language.pretrained is not None:
+        language = with_checkpoint(config).model.language
+        llama = pretrained_config(language)
+        legacy = load_pretrained_tokenizer(language.pretrained, config.data.template).legacy
         if tokens > llama.vocab_size:
-            raise UnimoeError(f"{pretrained}: has {tokens} tokens, but embeddings of {llama.vocab_size}")
+            raise UnimoeError(f"{language.pretrained}: has {tokens} tokens, but embeddings of {llama.vocab_size}")
     return ModelInfo(
         model=config.model.model_dump(mode="json"),
         vocab_size=tokens if llama is None else llama.vocab_size,
@@ -153,6 +163,15 @@ def model_info(config: Config) -> ModelInfo:
         template=config.data.template,
         legacy=legacy,
     )
+
+
+def with_checkpoint(config: Config, say: Callable[[str], None] | None = None) -> Config:
+    """``model.language.pretrained`` as a folder or hub name."""
+    name = config.model.language.pretrained
+    if name is None:
+        return config
+    language = config.model.language.model_copy(update={"pretrained": checkpoint_of(name, say)})
+    return config.model_copy(update={"model": config.model.model_copy(update={"language": language})})
 
 
 def _fingerprint(config: Config, modality: str, tower: str) -> str:

@@ -22,8 +22,9 @@ ALLOWED = {
     "data": {"config"},
     "mini": {"config", "model", "data"},
     "towers": {"config", "model", "mini"},
+    "llama": {"model", "mini"},
     "parameter_table": {"config", "model", "data", "towers", "training"},
-    "training": {"config", "model", "parallel", "data"},
+    "training": {"config", "model", "parallel", "data", "llama"},
     "evaluation": {"config", "model", "data", "training"},
     "inference": {"config", "model", "parallel", "data"},
     # Its processor makes prompts of conversations, with our templates.
