@@ -20,6 +20,7 @@ from unimoe_ray.config import Config
 from unimoe_ray.config.training import STAGES
 from unimoe_ray.data.samples import SampleTable, Source
 from unimoe_ray.errors import UnimoeError, UsageError, root_cause
+from unimoe_ray.parallel.cluster_topology import label_selectors
 from unimoe_ray.parallel.groups import expert_parallel_size
 from unimoe_ray.training.checkpoint import ModelInfo, checkpoint_dir, is_complete
 from unimoe_ray.training.job import Job, train_worker
@@ -104,7 +105,12 @@ def _fit(
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=job,
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+            label_selector=label_selectors(workers, resources),
+        ),
         run_config=RunConfig(
             name=f"{job.label.replace('/', '-')}-{time.time_ns()}",
             storage_path=str((config.run_dir / "ray_train").resolve()),
