@@ -71,12 +71,14 @@ def cluster():
         initialize_head=True,
         head_node_args={"num_cpus": 3, "num_gpus": 1, "include_dashboard": False, "object_store_memory": 100 * 2**20},
     )
-    for label, gpus in (("image-video", 2), ("speech", 1)):
-        nodes.add_node(num_cpus=gpus, num_gpus=gpus, labels={MODALITY_LABEL: label}, object_store_memory=80 * 2**20)
-    ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
-    yield nodes
-    ray.shutdown()
-    nodes.shutdown()
+    try:
+        for label, gpus in (("image-video", 2), ("speech", 1)):
+            nodes.add_node(num_cpus=gpus, num_gpus=gpus, labels={MODALITY_LABEL: label}, object_store_memory=80 * 2**20)
+        ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+        yield nodes
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
 
 
 @pytest.mark.timeout(180)
