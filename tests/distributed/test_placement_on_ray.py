@@ -81,7 +81,7 @@ def cluster():
         nodes.shutdown()
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(500)
 def test_experts_land_where_the_plan_says(cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     import torch
@@ -114,7 +114,7 @@ def test_experts_land_where_the_plan_says(cluster, tmp_path, monkeypatch):
     assert everything == sorted(f"layers.{layer}.experts.{e}" for layer in range(LAYERS) for e in range(EXPERTS))
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(200)
 def test_selectors_are_by_label_and_keep_the_others_out_of_labelled_nodes(cluster):
     """The fourth worker belongs on the node without a label, and Ray puts it there."""
     selectors = label_selectors(4, NEED)
