@@ -11,8 +11,8 @@ from unimoe_ray.data.tokenizer import CHATML_END, CHATML_START
 
 
 def wrap_tokenizer(path: Path, max_length: int) -> PreTrainedTokenizerFast:
-    """The special tokens are ChatML's if it has them, else those of ``<s> </s> <pad> <unk>`` that it has; a LLaMA's pads
-    are ``<unk>``."""
+    """The special tokens are ChatML's if it has them, else those of ``<s> </s> <pad> <unk>`` that it has; a LLaMA's
+    pads are ``<unk>``."""
     vocab = Tokenizer.from_file(str(path)).get_vocab()
     specials = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     if CHATML_END in vocab:
