@@ -98,7 +98,7 @@ def make_tiny_run(root: Path, **changes) -> TinyRun:
     tokenizer.save(str(prepare.tokenizer_path(config)))
     video = 4 if config.model.video.pooling == "mean" else 1
     samples = [_sample(task, kinds, i, rng, partitions, video) for task, kinds in TASKS.items() for i in range(15)]
-    for split in prepare.SPLITS:
+    for split in (*prepare.SPLITS, prepare.VALIDATION):
         write_samples(prepare.data_dir(config) / f"{split}.arrow", samples)
     (prepare.data_dir(config) / "prepared.json").write_text(json.dumps({"stamp": "", "partitions": partitions}))
     vocab = tokenizer.get_vocab_size()

@@ -109,13 +109,6 @@ def _train_stage(config: Config, stage: str, progress: TrainProgress) -> None:
     from unimoe_ray.training.trainer import run_stage
 
     info = model_info(config)
-    lines = follow_metrics(config.run_dir / "metrics.jsonl")
-
-    def follow(_: Path, labels: list[str]) -> None:
-        for line in lines():
-            if line["run"] in labels:
-                progress.update(line["run"], line, line["steps"])
-
     trained = run_stage(
         config,
         stage,
@@ -124,12 +117,27 @@ def _train_stage(config: Config, stage: str, progress: TrainProgress) -> None:
         preparing.tokenizer_path(config),
         workers=cluster.workers(config),
         use_gpu=cluster.uses_gpu(config),
-        follow=follow,
+        follow=follow_runs(config.run_dir, progress),
     )
     for label in trained:
         progress.done(label)
     if not trained and getattr(config.stages, stage):
         progress.message(f"stage {stage}: finished already")
+
+
+def follow_runs(run_dir: Path, progress: TrainProgress) -> Callable[[Path, list[str]], None]:
+    """For ``run_stage``: shows the steps and the findings of its runs."""
+    lines, findings = (follow_metrics(run_dir / name) for name in ("metrics.jsonl", "findings.jsonl"))
+
+    def follow(_: Path, labels: list[str]) -> None:
+        for line in lines():
+            if line["run"] in labels:
+                progress.update(line["run"], line, line["steps"])
+        for finding in findings():
+            if finding["run"] in labels:
+                progress.message(f"{finding['run']}, step {finding['step']}: {finding['text']}")
+
+    return follow
 
 
 def model_info(config: Config) -> ModelInfo:
@@ -178,8 +186,10 @@ def evaluate(
     split: str = "test",
     tasks: list[str] | None = None,
     stage: str | None = None,
+    routing_file: Path | None = None,
 ) -> Evaluation:
-    """Answers of the run's last finished model on a held-out split."""
+    """Answers of the run's last finished model on a held-out split; the experts of its prompts' tokens into
+    ``routing_file``."""
     root = mini.suite(config, progress.message) if config.data.source == "mini" else Path(config.data.source)
     return evaluating.evaluate(
         config,
@@ -189,6 +199,7 @@ def evaluate(
         tasks=tasks,
         shards=cluster.workers(config),
         on_progress=lambda done, total: progress.count("answering held-out questions", done, total),
+        routing_file=routing_file,
     )
 
 

@@ -132,6 +132,13 @@ def test_the_http_side_of_serving_knows_no_ray(name):
     assert not tops & {"ray", "torch", "transformers"}
 
 
+@pytest.mark.parametrize("name", ["topology", "placement", "placement_search", "placement_cost", "placement_table"])
+def test_the_placement_planner_needs_numpy_only(name):
+    """It also runs where no training does: in ``unimoe plan-experts``, on any machine."""
+    tops = {imported.split(".")[0] for imported in imports(Path(PACKAGE, "parallel", f"{name}.py"))}
+    assert not tops & {"ray", "torch", "deepspeed", "transformers"}
+
+
 def test_the_command_line_imports_serve_and_the_heavy_libraries_lazily() -> None:
     """``unimoe --help`` is quick: neither they nor parts of the package that need them load with the module."""
     tree = ast.parse((ROOT / PACKAGE / "cli.py").read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from unimoe_ray.config.base import Strict
 from unimoe_ray.config.data import DataConfig, MiniConfig
 from unimoe_ray.config.model import ModelConfig
+from unimoe_ray.config.placement import PlacementConfig
 from unimoe_ray.config.serving import ServingConfig
 from unimoe_ray.config.training import STAGES, EvaluationConfig, StagesConfig, TrainingConfig
 from unimoe_ray.errors import UnimoeError, UsageError
@@ -34,6 +35,7 @@ class Config(Strict):
     model: ModelConfig = ModelConfig()
     stages: StagesConfig = StagesConfig()
     training: TrainingConfig = TrainingConfig()
+    placement: PlacementConfig = PlacementConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     serving: ServingConfig = ServingConfig()
 

@@ -23,6 +23,8 @@ from unimoe_ray.data.tokenizer import load_tokenizer, train_tokenizer
 from unimoe_ray.errors import UnimoeError
 
 SPLITS = ("train", "dev", "test")
+# Samples of dev and test end where the answer is to begin; these are dev's with it, for a loss while training.
+VALIDATION = "validation"
 SHORTENED = "shortened.jsonl"
 
 
@@ -77,7 +79,9 @@ def prepare(
     done = data_dir(config) / "prepared.json"
     if done.is_file():
         found = json.loads(done.read_text())
-        if found["stamp"] == stamp and all(Path(folder).is_dir() for folder in found["partitions"].values()):
+        files = [data_dir(config) / f"{split}.arrow" for split in (*SPLITS, VALIDATION)]
+        there = all(Path(path).exists() for path in (*files, *found["partitions"].values()))
+        if found["stamp"] == stamp and there:
             return Prepared(**found["summary"] | {"encoded": 0})
     # From here on the files below belong to neither the old nor the new configuration, until all are written.
     done.unlink(missing_ok=True)
@@ -98,7 +102,7 @@ def prepare(
     used: set[str] = set()
     shortened: list[dict[str, str]] = []
     for split, items in samples.items():
-        rows = []
+        rows, answered = [], []
         for sample in items:
             reason = _broken_media(names[split].get(sample.id), broken)
             if sample.id not in names[split]:
@@ -118,10 +122,16 @@ def prepare(
                     reason = f"{row.length} tokens with media{kept}; model.language.max_positions is {limit}"
                     quarantine.append({"split": split, "id": sample.id, "reason": reason})
                     continue
-                row = tokenise(found.sample)
+                sample = found.sample
+                row = tokenise(sample)
                 shortened.append({"split": split, "id": sample.id, "what": found.note})
             rows.append(row)
+            if split == "dev":
+                whole = _tokenise(names[split][sample.id], counts, template, False, sample)
+                answered += [whole] if whole.length <= language.max_positions else []
         write_samples(data_dir(config) / f"{split}.arrow", rows)
+        if split == "dev":
+            write_samples(data_dir(config) / f"{VALIDATION}.arrow", answered)
         used |= {name.split("/")[0] for row in rows for name in row.media}
         summary.samples[split] = dict(sorted(Counter(row.task for row in rows).items()))
     summary.quarantined, summary.shortened = len(quarantine), len(shortened)

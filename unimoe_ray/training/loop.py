@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import Counter
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from unimoe_ray.config import Config, parse
 from unimoe_ray.config.model import PLACEHOLDER_IDS, TOKEN_KINDS
 from unimoe_ray.config.training import TrainRun
+from unimoe_ray.data import prepare
 from unimoe_ray.data.batch import Arrays
 from unimoe_ray.data.loader import Step, iterate_steps, planned_micro_batches, rank_dataset
 from unimoe_ray.data.plan import Mixture
@@ -24,10 +24,19 @@ from unimoe_ray.data.samples import SampleTable
 from unimoe_ray.model.language import mixtures
 from unimoe_ray.model.unimoe import to_batch
 from unimoe_ray.training.checkpoint import ModelInfo, save_model
-from unimoe_ray.training.engine import backward_step, initialize, learning_rate_factor, pick_device
+from unimoe_ray.training.engine import (
+    backward_step,
+    initialize,
+    learning_rate_factor,
+    pick_device,
+    set_learning_rates,
+)
+from unimoe_ray.training.expert_placement import collect_experts, spread_experts
 from unimoe_ray.training.job import Job
+from unimoe_ray.training.record import RunRecord
 from unimoe_ray.training.routing import over_ranks, routing_metrics
 from unimoe_ray.training.stages import make_trainable, merge_lora, start_model
+from unimoe_ray.training.validation import ValidationPlan, plan_validation, validate
 
 
 def train(job: Job) -> None:
@@ -43,6 +52,7 @@ def train(job: Job) -> None:
     model = start_model(config, info, job.stage).to(device)
     model.train()
     groups = make_trainable(model, run)
+    spread_experts(model, config.training, device)
     engine = initialize(model, groups, config.training, run.weight_decay, device)
 
     mixture = Mixture.build(job.tasks, SampleTable(Path(job.source.samples)).by_task())
@@ -58,7 +68,8 @@ def train(job: Job) -> None:
     )
     dataset = rank_dataset(job.source, plan, config.data.steps_per_block)
     steps = iterate_steps(dataset, config.data.prefetch)
-    metrics_path = config.run_dir / "metrics.jsonl"
+    validation = _plan_validation(config, job, rank, world)
+    record = RunRecord(config, job.label) if rank == 0 else None
     for number in range(run.steps):
         started = time.perf_counter()
         step = next(steps)
@@ -66,11 +77,13 @@ def train(job: Job) -> None:
         metrics = train_step(engine, step, run, config, device)
         metrics |= {"data_wait_s": round(waited, 4), "seconds": round(time.perf_counter() - started, 4)}
         metrics["tokens_per_s"] = round(metrics["tokens"] / max(metrics["seconds"], 1e-9), 1)
-        if rank == 0:
+        if validation is not None and _is_due(number + 1, run.steps, config):
+            metrics["validation"] = validate(engine, validation, device)
+        if record is not None:
             line = {"step": number + 1, "steps": run.steps, "stage": job.stage, "run": job.label} | metrics
-            with open(metrics_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line | {"world": world, "time": round(time.time(), 3)}) + "\n")
+            record.write(line | {"world": world})
 
+    collect_experts(model)
     if rank == 0:
         stats = config.run_dir / "data_stats" / f"{job.label.replace('/', '-')}.txt"
         stats.parent.mkdir(exist_ok=True)
@@ -93,8 +106,7 @@ def train_step(engine, step: Step, run: TrainRun, config: Config, device: torch.
     answer_tokens, tokens, samples, *by_modality = local.tolist()
 
     factor = learning_rate_factor(step.number, run.steps, config.training.optimizer)
-    for group, lr in zip(engine.optimizer.param_groups, run.train.values(), strict=True):
-        group["lr"] = lr * factor
+    set_learning_rates(engine, factor)
     batches = [to_batch(arrays).to(device) for arrays in step.micro_batches]
     total, routing = backward_step(engine, batches, answer_tokens)
     engine.step()
@@ -109,6 +121,25 @@ def train_step(engine, step: Step, run: TrainRun, config: Config, device: torch.
         "micro_batches": len(batches),
         **(routing_metrics(over_ranks(routing)) if routing is not None else {"expert_load": None}),
     }
+
+
+def _plan_validation(config: Config, job: Job, rank: int, world: int) -> ValidationPlan | None:
+    settings = config.training.validation
+    if not settings.every:
+        return None
+    return plan_validation(
+        prepare.source(config, prepare.VALIDATION),
+        list(job.tasks),
+        samples=settings.samples,
+        seed=config.seed,
+        rank=rank,
+        world=world,
+        max_tokens=config.training.max_tokens_per_micro_batch,
+    )
+
+
+def _is_due(step: int, steps: int, config: Config) -> bool:
+    return step % config.training.validation.every == 0 or step == steps
 
 
 def _token_counts(micro_batches: list[Arrays]) -> Counter:
