@@ -12,7 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from tests.tiny import TinyRun, save_start, tiny_config
 from tests.unit.test_prepare import record, write_splits
@@ -22,6 +29,7 @@ from unimoe_ray import pipeline
 from unimoe_ray.chat import Conversation
 from unimoe_ray.config import load_run, parse
 from unimoe_ray.config.model import PLACEHOLDER_IDS
+from unimoe_ray.convert import export
 from unimoe_ray.data import prepare as preparing
 from unimoe_ray.data.chatml import SMOLLM2_SYSTEM
 from unimoe_ray.data.pretrained import load_pretrained_tokenizer
@@ -266,6 +274,11 @@ def test_a_run_talks_as_the_dense_model_does(tiny, tmp_path):
         wanted = reference.decode(made[0, prompt.shape[1] :], skip_special_tokens=True).strip()
         assert talk.ask(question, []) == wanted
         said.append({"role": "assistant", "content": wanted})
+    export(config.run_dir, "hf", tmp_path / "hf")
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+    whole = AutoModelForMultimodalLM.from_pretrained(tmp_path / "hf")
+    made = whole.generate(**processor("what is it?"), max_new_tokens=12, do_sample=False)
+    assert processor.batch_decode(made, skip_special_tokens=True)[0].strip() == said[1]["content"]
 
 
 @pytest.mark.slow
