@@ -2,8 +2,8 @@
 
 The engine lays the parameters of each optimizer group end to end in a flat buffer and gives each rank of the group's
 data-parallel ranks one part of it, to update with fp32 weights and moments. What a rank has is therefore a fragment of
-some parameters. These functions read and write fragments where they lie; they use names of DeepSpeed that are not public
-(``constraints.txt`` pins the version).
+some parameters. These functions read and write fragments where they lie; they use names of DeepSpeed that are not
+public (``constraints.txt`` pins the version).
 """
 
 from __future__ import annotations

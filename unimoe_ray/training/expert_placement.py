@@ -48,8 +48,8 @@ def collect_experts(model: UniMoE) -> None:
 
 
 class ExpertMover:
-    """The engine of a run whose experts move: every ``placement.interval`` steps it plans anew, from the loads since the
-    last time, and moves experts where that saves at least ``placement.min_gain``. Every rank has one and they all
+    """The engine of a run whose experts move: every ``placement.interval`` steps it plans anew, from the loads since
+    the last time, and moves experts where that saves at least ``placement.min_gain``. Every rank has one and they all
     decide alike.
 
     ranks: that share a mixture's experts; make_engine: makes an engine around the model, at first and after a move.
