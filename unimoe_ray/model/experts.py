@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 # On CPUs the product of few rows with a [F, H] weight is up to 1.6 times faster as ``weight @ rows.T`` (MKL). Measured
-# for these numbers of rows; below it is slower, above no faster.
-FEW_ROWS = range(6, 129)
+# for these numbers of rows; with fewer it is slower, with more turning the rows costs what it gains.
+FEW_ROWS = range(12, 65)
 # On GPUs a grouped product replaces the launches of each expert, but wants the weights in one stack: worth copying
 # them while a weight is no larger than this. Reasoned from bandwidths and launch times, not measured.
 GROUPED_BYTES = 4 << 20
@@ -145,7 +145,7 @@ def _hooked(module: nn.Module) -> bool:
 class _Experts(torch.autograd.Function):
     """Rows sorted by expert through the experts, whose tensors come as those of gate, up, down, gate, up, ...
 
-    Of the inner activations only the two products are kept; the gradient of a weight is written once, where it stays.
+    The gradient of a weight is written once, where it stays; what goes into the down projection is not kept.
     """
 
     @staticmethod
@@ -170,8 +170,8 @@ class _Experts(torch.autograd.Function):
             if count:
                 part = slice(start, start + count)
                 into = None if of_rows is None else of_rows[part]
-                of_tensors += _backward(expert, rows[part], kept[place : place + 8], grad[part], into, wanted)
-                start, place = start + count, place + 8
+                of_tensors += _backward(expert, rows[part], kept[place : place + 9], grad[part], into, wanted)
+                start, place = start + count, place + 9
             else:
                 own = tensors[9 * index : 9 * index + 9]
                 of_tensors += [torch.zeros_like(t) if want else None for t, want in zip(own, wanted, strict=True)]
@@ -184,8 +184,8 @@ def _experts(tensors: Sequence[torch.Tensor | None], settings: list) -> list[Exp
 
 
 def _run(experts: Sequence[Expert], rows: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, list]:
-    """Outputs [N, H]; and of every expert that has rows, what its backward needs: gate(x), up(x), and of each
-    projection the dropout's noise and a(x)."""
+    """Outputs [N, H]; and of every expert that has rows, what its backward needs: gate(x), up(x), silu(gate(x)), and
+    of each projection the dropout's noise and a(x)."""
     outputs, kept = torch.empty_like(rows), []
     parts = zip(counts, rows.split(counts), outputs.split(counts), experts, strict=True)
     for count, x, y, (gate, up, down) in parts:
@@ -195,13 +195,14 @@ def _run(experts: Sequence[Expert], rows: torch.Tensor, counts: list[int]) -> tu
         turned = x.t().contiguous() if few else None
         g, *of_gate = _project(gate, x, turned)
         u, *of_up = _project(up, x, turned)
-        hidden = F.silu(g).mul_(u)
+        activated = F.silu(g)
+        hidden = activated * u
         if few:
             out, *of_down = _project(down, hidden, hidden.t())
             y.copy_(out)
         else:
             _, *of_down = _project(down, hidden, None, y)
-        kept += [g, u, *of_gate, *of_up, *of_down]
+        kept += [g, u, activated, *of_gate, *of_up, *of_down]
     return outputs, kept
 
 
@@ -213,7 +214,9 @@ def _project(p: Projection, x: torch.Tensor, turned: torch.Tensor | None, out: t
         y = F.linear(x, p.weight) if out is None else torch.mm(x, p.weight.t(), out=out)
     if p.a is None:
         return y, None, None
-    noise = torch.empty_like(x).bernoulli_(1 - p.dropout).div_(1 - p.dropout) if p.dropout else None
+    noise = None
+    if p.dropout:  # drawn row by row, as the module draws it
+        noise = x.new_empty(x.shape).bernoulli_(1 - p.dropout).div_(1 - p.dropout)
     low = F.linear(x if noise is None else x * noise, p.a)
     return y.addmm_(low, p.b.t(), alpha=p.scale), noise, low
 
@@ -221,14 +224,13 @@ def _project(p: Projection, x: torch.Tensor, turned: torch.Tensor | None, out: t
 def _backward(expert: Expert, x, kept, grad, of_x: torch.Tensor | None, wanted) -> list[torch.Tensor | None]:
     """Gradients of one expert's tensors as far as ``wanted``; that of x [M, H] goes into ``of_x``."""
     gate, up, down = expert
-    g, u, *low_rank = kept
-    activated = F.silu(g)
+    g, u, activated, *low_rank = kept
     hidden = activated * u if wanted[6] or down.a is not None else None
     of_hidden = torch.mm(grad, down.weight)
     of_down = _backward_projection(down, hidden, low_rank[4:], grad, of_hidden, wanted[6:])
     if of_hidden.stride() != g.stride():  # as the products were laid out
         of_hidden = torch.empty_like(g).copy_(of_hidden)
-    of_u = activated.mul_(of_hidden)
+    of_u = activated * of_hidden
     of_g = torch.ops.aten.silu_backward(of_hidden.mul_(u), g)
     if of_x is not None:
         torch.mm(of_g, gate.weight, out=of_x).addmm_(of_u, up.weight)
@@ -245,7 +247,7 @@ def _backward_projection(p: Projection, x, kept, grad, of_x: torch.Tensor | None
     noise, low = kept
     of_low = torch.mm(grad, p.b).mul_(p.scale)
     of_a = torch.mm(of_low.t(), x if noise is None else x * noise) if wanted[1] else None
-    of_b = torch.mm(grad.t(), low).mul_(p.scale) if wanted[2] else None
+    of_b = torch.mm(low.t(), grad).t().contiguous().mul_(p.scale) if wanted[2] else None
     if of_x is not None:
         if noise is None:
             of_x.addmm_(of_low, p.a)

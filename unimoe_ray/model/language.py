@@ -90,14 +90,13 @@ class SparseFeedForward(MoELayer):
         self.recorder = recorder
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        mask = self.recorder.token_mask
-        kinds = self.recorder.kinds
-        if mask is None:
+        mask, kinds = self.recorder.token_mask, self.recorder.kinds
+        index = None if mask is None else mask.nonzero().squeeze(-1)
+        if index is None or len(index) == len(mask):
             y, stats = super().forward(x, kinds, len(TOKEN_KINDS))
         else:
             tokens = x.reshape(-1, x.shape[-1])
-            index = mask.nonzero().squeeze(-1)
-            routed, stats = super().forward(tokens[index], kinds, len(TOKEN_KINDS))
+            routed, stats = super().forward(tokens.index_select(0, index), kinds, len(TOKEN_KINDS))
             y = torch.zeros_like(tokens).index_copy(0, index, routed.to(tokens.dtype)).view_as(x)
         self.recorder.layers.append(stats)
         return y

@@ -25,6 +25,7 @@ from unimoe_ray.data.samples import SampleTable
 from unimoe_ray.model.language import mixtures
 from unimoe_ray.model.routing import RoutingSums
 from unimoe_ray.model.unimoe import to_batch
+from unimoe_ray.training.allocator import keep_freed_memory
 from unimoe_ray.training.checkpoint import ModelInfo, save_model
 from unimoe_ray.training.engine import (
     backward_step,
@@ -48,6 +49,7 @@ def train(job: Job) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     torch.set_num_threads(config.training.threads_per_worker)
+    keep_freed_memory()
     torch.manual_seed(_seed(config, job))
     device = pick_device(config.training)
 
