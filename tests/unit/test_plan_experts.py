@@ -36,7 +36,7 @@ def test_a_recorded_run_by_kind_of_token(metrics, capsys):
         capsys, "plan-experts", metrics, "--ranks", 2, "--nodes", 2, "--reads", "0=speech", "--reads", "1=image"
     )
     # The image expert alone is more than an even part: all else goes to the other rank, two slots and one to spare.
-    assert "layer 0: slowest/mean 1.167: 0 2 3 | 1" in text
+    assert "layer 0: slowest/mean 1.200: 0 2 3 | 1" in text
     assert (
         "experts 1: mostly image, which node 1 reads" in text and "experts 2: mostly speech, which node 0 reads" in text
     )

@@ -28,13 +28,6 @@ def expert_parallel_size(wanted: int | Literal["auto"], world: int, experts: int
     return wanted
 
 
-def contiguous(experts: int, ranks: int) -> Held:
-    """Experts in order, the first ranks with one more where it does not divide."""
-    each, more = divmod(experts, ranks)
-    starts = [rank * each + min(rank, more) for rank in range(ranks + 1)]
-    return tuple(tuple(range(start, end)) for start, end in zip(starts, starts[1:], strict=False))
-
-
 def tag_expert(expert: nn.Module, group_name: str) -> None:
     """Tell DeepSpeed that the parameters of an expert, adapters and frozen ones too, differ between ranks: they are
     broadcast and reduced over their expert-data-parallel group only."""

@@ -24,7 +24,7 @@ class Move:
     target: int
 
 
-def moves(before: Sequence[Held], after: Sequence[Held]) -> list[Move]:
+def moved_experts(before: Sequence[Held], after: Sequence[Held]) -> list[Move]:
     """From one placement to another, by layer and expert."""
     found = []
     for layer, (old, new) in enumerate(zip(before, after, strict=True)):
@@ -50,7 +50,7 @@ def relocate(engine, placement: Sequence[Held], remake: Callable[[], object]):
     states = {p: by_name[names[id(p)]] for layer in layers for p in layer.experts.parameters() if p.requires_grad}
     _close(engine)
 
-    planned = moves([layer.held for layer in layers], placement)
+    planned = moved_experts([layer.held for layer in layers], placement)
     for number, layer in enumerate(layers):
         _move_experts(layer, [move for move in planned if move.layer == number], states)
         layer.hold(placement[number])

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from unimoe_ray.data.loader import Step, iterate_steps, planned_micro_batches, r
 from unimoe_ray.data.plan import Mixture
 from unimoe_ray.data.samples import SampleTable
 from unimoe_ray.model.language import mixtures
+from unimoe_ray.model.routing import RoutingSums
 from unimoe_ray.model.unimoe import to_batch
 from unimoe_ray.training.checkpoint import ModelInfo, save_model
 from unimoe_ray.training.engine import (
@@ -31,7 +33,7 @@ from unimoe_ray.training.engine import (
     pick_device,
     set_learning_rates,
 )
-from unimoe_ray.training.expert_placement import collect_experts, spread_experts
+from unimoe_ray.training.expert_placement import ExpertMover, collect_experts, spread_experts
 from unimoe_ray.training.job import Job
 from unimoe_ray.training.record import RunRecord
 from unimoe_ray.training.routing import over_ranks, routing_metrics
@@ -52,8 +54,9 @@ def train(job: Job) -> None:
     model = start_model(config, info, job.stage).to(device)
     model.train()
     groups = make_trainable(model, run)
-    spread_experts(model, config.training, device)
-    engine = initialize(model, groups, config.training, run.weight_decay, device)
+    ranks = spread_experts(model, config, device)
+    make_engine = partial(initialize, model, groups, config.training, run.weight_decay, device)
+    mover = ExpertMover(ranks, config, make_engine)
 
     mixture = Mixture.build(job.tasks, SampleTable(Path(job.source.samples)).by_task())
     plan = planned_micro_batches(
@@ -74,11 +77,13 @@ def train(job: Job) -> None:
         started = time.perf_counter()
         step = next(steps)
         waited = time.perf_counter() - started
-        metrics = train_step(engine, step, run, config, device)
+        metrics, routing = train_step(mover.engine, step, run, config, device)
         metrics |= {"data_wait_s": round(waited, 4), "seconds": round(time.perf_counter() - started, 4)}
         metrics["tokens_per_s"] = round(metrics["tokens"] / max(metrics["seconds"], 1e-9), 1)
         if validation is not None and _is_due(number + 1, run.steps, config):
-            metrics["validation"] = validate(engine, validation, device)
+            metrics["validation"] = validate(mover.engine, validation, device)
+        if routing is not None and number + 1 < run.steps and (moved := mover.after_step(number + 1, routing)):
+            metrics["moved_experts"] = moved
         if record is not None:
             line = {"step": number + 1, "steps": run.steps, "stage": job.stage, "run": job.label} | metrics
             record.write(line | {"world": world})
@@ -96,8 +101,10 @@ def train(job: Job) -> None:
     ray.train.report(metrics)
 
 
-def train_step(engine, step: Step, run: TrainRun, config: Config, device: torch.device) -> dict[str, Any]:
-    """One optimizer step; metrics over all ranks."""
+def train_step(
+    engine, step: Step, run: TrainRun, config: Config, device: torch.device
+) -> tuple[dict[str, Any], RoutingSums | None]:
+    """One optimizer step: metrics over all ranks, and this rank's routing (None of a dense model)."""
     counts = _token_counts(step.micro_batches)
     local = torch.tensor(
         [counts["answer"], counts["all"], step.samples, *(counts[m] for m in TOKEN_KINDS)], device=device
@@ -112,7 +119,7 @@ def train_step(engine, step: Step, run: TrainRun, config: Config, device: torch.
     engine.step()
 
     dist.all_reduce(total)
-    return {
+    metrics = {
         "loss": round(float(total) / max(answer_tokens, 1), 6),
         "lr": round(max(run.train.values()) * factor, 8),
         "tokens": tokens,
@@ -121,6 +128,7 @@ def train_step(engine, step: Step, run: TrainRun, config: Config, device: torch.
         "micro_batches": len(batches),
         **(routing_metrics(over_ranks(routing)) if routing is not None else {"expert_load": None}),
     }
+    return metrics, routing
 
 
 def _plan_validation(config: Config, job: Job, rank: int, world: int) -> ValidationPlan | None:
