@@ -293,13 +293,16 @@ def test_the_real_tokenizer_agrees_with_its_chat_template(real):
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_real_model_is_upcycled_and_chats(real, tmp_path):
+    torch.manual_seed(0)
     config = make_run(tmp_path, "smollm2-135m", 1024)
     model, info, _ = load_model(final_model(config))
     assert (len(mixtures(model)), info.vocab_size, info.template) == (15, 49_152, "smollm2")
     dense = AutoModelForCausalLM.from_pretrained(real).eval()
-    ids = torch.randint(0, info.vocab_size, (2, 24))
-    wanted = dense(ids).logits
-    found = model.language(ids).logits
-    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6 * wanted.abs().max().item())
+    ids = torch.randint(0, info.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+    found, wanted = model.language(ids).logits, dense(ids).logits
+    exact = dense.double()(ids).logits
+    error, rounding = ((logits - exact).abs().max().item() for logits in (found, wanted))
+    print(f"error {error:.2e}, the dense model's own {rounding:.2e}, logits up to {exact.abs().max():.1f}")
+    assert error <= 2 * rounding
     talk = Conversation(load_run(config.run_dir), final_model(config))
     assert talk.ask("What is the capital of France?", []) == "The capital of France is Paris."

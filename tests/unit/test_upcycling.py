@@ -36,14 +36,23 @@ def test_logits_are_those_of_the_dense_model(layers, top_k):
     assert torch.equal(sparse(ids).logits.argmax(-1), wanted.argmax(-1))
 
 
-@pytest.mark.xfail(strict=True, reason="w1 * o + w2 * o is o to rounding only; o1 + w2 * (o2 - o1) would be o exactly")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("top_k", [2, 3])
+ROUNDS = pytest.mark.xfail(strict=True, reason="w1 * o + w2 * o is o to rounding; o1 + w2 * (o2 - o1) would be o")
+
+
+@pytest.mark.parametrize(
+    ("top_k", "dtype"),
+    [
+        (2, torch.bfloat16),
+        pytest.param(3, torch.bfloat16, marks=ROUNDS),
+        pytest.param(2, torch.float32, marks=ROUNDS),
+        pytest.param(3, torch.float32, marks=ROUNDS),
+    ],
+)
 def test_experts_that_agree_are_mixed_to_what_they_say(top_k, dtype):
     """Bit by bit: then a fresh mixture differs from the dense layer by nothing but its experts' matrix products, whose
     last bits may depend on how many rows they have."""
     torch.manual_seed(0)
-    outputs = torch.randn(100, 16, dtype=dtype)
-    weights = torch.randn(100, top_k).softmax(-1)
-    order = torch.randperm(100 * top_k)
+    outputs = torch.randn(20_000, 16, dtype=dtype)
+    weights = (3 * torch.randn(20_000, top_k)).softmax(-1)
+    order = torch.randperm(20_000 * top_k)
     assert torch.equal(combine(outputs[order // top_k], order, weights), outputs)
