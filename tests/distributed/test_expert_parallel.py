@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,10 @@ def reference(settings: Model) -> dict:
         result["norms"].append(float(torch.nn.utils.clip_grad_norm_(trained.values(), config.clip)))
         optimizer.step()
     result["after"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    result["state"] = {
+        name: torch.stack([p.detach(), optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]])
+        for name, p in trained.items()
+    }
     return result
 
 
@@ -73,8 +78,9 @@ def train(case: Case, rank: int, world: int) -> dict:
 
     from unimoe_ray.parallel.expert_parallel import distribute, gather
     from unimoe_ray.parallel.relocate import relocate
+    from unimoe_ray.parallel.state import read, updates_done
 
-    config = TrainingConfig(zero_stage=case.zero, optimizer=OPTIMIZER)
+    config = TrainingConfig(zero_stage=case.zero, optimizer=OPTIMIZER, precision=case.precision)
     model, groups = build(case.model)
     if case.checkpointed:
         model.language.gradient_checkpointing_enable({"use_reentrant": False})
@@ -85,14 +91,14 @@ def train(case: Case, rank: int, world: int) -> dict:
         return initialize(model, groups, config, TRAIN[case.model.trains].weight_decay, torch.device("cpu"))
 
     engine = make_engine()
-    each = SAMPLES // world // case.per_rank
-    first = rank * case.per_rank * each
+    each = SAMPLES // world
+    bounds = [rank * each + i * each // case.per_rank for i in range(case.per_rank + 1)]
     outputs = record_outputs(model)
     result: dict = {"losses": [], "norms": [], "router_losses": []}
     for step in range(case.model.steps):
         if step in case.moves:
             engine = relocate(engine, case.moves[step], make_engine)
-        batches = [micro_batch(step, range(first + i * each, first + (i + 1) * each)) for i in range(case.per_rank)]
+        batches = [micro_batch(step, range(*ends)) for ends in zip(bounds, bounds[1:], strict=False)]
         answers = sum(int((sample.labels[:, 1:] >= 0).sum()) for sample in samples(step))
         set_learning_rates(engine, learning_rate_factor(step, case.model.steps, config.optimizer))
         outputs.clear()
@@ -110,6 +116,8 @@ def train(case: Case, rank: int, world: int) -> dict:
             result["grads"], result["counts"] = grads, sums.routed.sum(1)
         engine.step()
         result["norms"].append(float(engine.get_global_grad_norm()))
+    assert updates_done(engine) == case.model.steps
+    result["state"] = read(engine)
     gather(model)
     if rank == 0:
         result["after"] = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -123,27 +131,47 @@ def work(rank: int, world: int, cases: dict[str, Case], out: Path) -> None:
 
 def check(world: int, cases: dict[str, Case], out: Path) -> None:
     run_world(world, partial(work, cases=cases, out=out))
+    results = {
+        name: [torch.load(out / f"{name}-{rank}.pt", weights_only=True) for rank in range(world)] for name in cases
+    }
     for name, case in cases.items():
-        expected = reference(case.model)
-        ranks = [torch.load(out / f"{name}-{rank}.pt", weights_only=True) for rank in range(world)]
-        outputs = [output for rank in ranks for output in rank["outputs"]]
-        for own, wanted in zip(outputs, expected["outputs"], strict=True):
-            assert torch.allclose(own, wanted, atol=2e-6, rtol=1e-5), name
-        assert torch.equal(sum(rank["counts"] for rank in ranks), expected["counts"]), name
-        assert {key for rank in ranks for key in rank["grads"]} == expected["grads"].keys()
-        for rank in ranks:
-            for key, grad in rank["grads"].items():
-                wanted = expected["grads"][key]
-                assert (grad - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp(min=1e-3), (name, key)
-            assert rank["norms"] == pytest.approx(expected["norms"], rel=1e-5), name
-            assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-5), name
-            assert rank["router_losses"] == pytest.approx(expected["router_losses"], rel=1e-5), name
-        assert list(ranks[0]["after"]) == list(expected["after"]), name
-        for key, wanted in expected["after"].items():
-            assert (ranks[0]["after"][key] - wanted).abs().max() <= 1e-5, (name, key)
+        ranks = results[name]
+        if case.same_as is not None:
+            twin = results[case.same_as]
+            assert ranks[0]["losses"] == pytest.approx(twin[0]["losses"], rel=1e-6), name
+            assert_near(ranks[0]["after"], twin[0]["after"], 1e-5, name)
+        if case.precision == "fp32":
+            compare(name, ranks, reference(case.model))
+
+
+def compare(name: str, ranks: list[dict], expected: dict) -> None:
+    outputs = [output for rank in ranks for output in rank["outputs"]]
+    for own, wanted in zip(outputs, expected["outputs"], strict=True):
+        assert torch.allclose(own, wanted, atol=2e-6, rtol=1e-5), name
+    assert torch.equal(sum(rank["counts"] for rank in ranks), expected["counts"]), name
+    assert {key for rank in ranks for key in rank["grads"]} == expected["grads"].keys(), name
+    for rank in ranks:
+        for key, grad in rank["grads"].items():
+            wanted = expected["grads"][key]
+            assert (grad - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp(min=1e-3), (name, key)
+        for key, (weight, *moments) in rank["state"].items():
+            assert (weight - expected["state"][key][0]).abs().max() <= 1e-5, (name, key)
+            for own, wanted in zip(moments, expected["state"][key][1:], strict=True):
+                assert (own - wanted).abs().max() <= 1e-4 * wanted.abs().max().clamp(min=1e-6), (name, key)
+        for key in ("norms", "losses", "router_losses"):
+            assert rank[key] == pytest.approx(expected[key], rel=1e-5), (name, key)
+    assert list(ranks[0]["after"]) == list(expected["after"]), name
+    assert_near(ranks[0]["after"], expected["after"], 1e-5, name)
+
+
+def assert_near(own: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float, name: str) -> None:
+    assert own.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        assert (own[key] - tensor).abs().max() <= tolerance, (name, key)
 
 
 FULL, LORA, FROZEN, SKEWED = Model(), Model("lora"), Model("frozen experts"), Model("lora", skewed=True)
+LONG, LONG_LORA = Model(steps=7), Model("lora", steps=7)
 BALANCED = [
     Model(steps=2, moe=(("balance_coef", 0.5), ("z_loss_coef", 0.05))),
     Model(steps=2, moe=(("balance_coef", 0.5), ("balance_share", "first"), ("balance_over_layers", "sum"))),
@@ -160,7 +188,14 @@ CASES: dict[int, dict[str, Case]] = {
         "rates-z2-experts-acc1": Case(Model("experts"), (EVEN, UNEVEN), zero=2),
         "frozen-z2-acc1": Case(FROZEN, (UNEVEN, EVEN), zero=2),
         "checkpointed-z2-lora-acc3": Case(LORA, (EVEN, UNEVEN), zero=2, per_rank=3, checkpointed=True),
-        "moved-z2-full-acc1": Case(FULL, (EVEN, UNEVEN), zero=2, moves={1: (CROSSED, UNEVEN), 3: (UNEVEN, EVEN)}),
+        "still-z2-full-acc1": Case(LONG, (EVEN, UNEVEN), zero=2),
+        "moved-z2-full-acc1": Case(
+            LONG,
+            (EVEN, UNEVEN),
+            zero=2,
+            moves={2: (CROSSED, UNEVEN), 5: (UNEVEN, EVEN)},
+            same_as="still-z2-full-acc1",
+        ),
         "moved-z1-lora-acc3": Case(LORA, (EVEN, EVEN), zero=1, per_rank=3, moves={2: (MIRRORED, CROSSED)}),
         "moved-frozen-z2-acc1": Case(FROZEN, (EVEN, EVEN), zero=2, moves={2: (MIRRORED, CROSSED)}),
         "balanced-ep1-z2": Case(BALANCED[1], zero=2),
@@ -168,7 +203,7 @@ CASES: dict[int, dict[str, Case]] = {
     },
     3: {
         "z1-full-acc1": Case(FULL, (THREE, THREE[::-1]), zero=1),
-        "z2-lora-acc2": Case(LORA, (THREE, ((), (0, 1), (2, 3))), zero=2, per_rank=2),
+        "z2-lora-acc3": Case(LORA, (THREE, ((), (0, 1), (2, 3))), zero=2, per_rank=3),
         "skewed-z2-lora-acc1": Case(SKEWED, (((4,), (0, 1), (2, 3)), ((0,), (4,), (1, 2, 3))), zero=2),
     },
     4: {
@@ -177,7 +212,14 @@ CASES: dict[int, dict[str, Case]] = {
         "ep2-uneven-z2-full-acc3": Case(FULL, (UNEVEN, MIRRORED), zero=2, per_rank=3),
         "ep4-z2-lora-acc3": Case(LORA, (EACH, EACH[::-1]), zero=2, per_rank=3),
         "ep4-z1-full-acc1": Case(FULL, (EACH[::-1], EACH), zero=1),
-        "moved-ep2-z2-lora-acc1": Case(LORA, (EVEN, UNEVEN), zero=2, moves={1: (MIRRORED, EVEN), 3: (EVEN, CROSSED)}),
+        "still-ep2-z2-lora-acc1": Case(LONG_LORA, (EVEN, UNEVEN), zero=2),
+        "moved-ep2-z2-lora-acc1": Case(
+            LONG_LORA,
+            (EVEN, UNEVEN),
+            zero=2,
+            moves={2: (MIRRORED, EVEN), 3: (EVEN, CROSSED), 6: (EVEN, EVEN)},
+            same_as="still-ep2-z2-lora-acc1",
+        ),
         "moved-ep4-z1-full-acc1": Case(FULL, (EACH, EACH), zero=1, moves={2: (EACH[::-1], EACH)}),
         **{f"balanced-{i}-ep2-z2": Case(model, (EVEN, UNEVEN), zero=2) for i, model in enumerate(BALANCED)},
     },
@@ -188,3 +230,32 @@ CASES: dict[int, dict[str, Case]] = {
 @pytest.mark.parametrize("world", CASES)
 def test_a_world_equals_one_process(world, tmp_path):
     check(world, CASES[world], tmp_path)
+
+
+def _product(world: int) -> dict[str, Case]:
+    """Everything with everything, one after another in the same processes."""
+    plain = {
+        2: [None, (EVEN, CROSSED), (UNEVEN, MIRRORED)],
+        3: [None, (THREE, THREE[::-1])],
+        4: [None, (EVEN, UNEVEN), (EACH, EACH[::-1])],
+    }[world]
+    skewed = {
+        2: [None, (((0, 4, 2), (3, 1)), ((4,), (0, 1, 2, 3)))],
+        3: [None, (((4,), (0, 1), (2, 3)), ((0,), (4,), (1, 2, 3)))],
+        4: [None, (((4,), (0, 1, 2, 3)), ((0, 1), (2, 3, 4))), (((0, 1), (2,), (3,), (4,)), ((4,), (3,), (2, 1), (0,)))],
+    }[world]
+    cases = {}
+    for trains, zero, per_rank in product(("full", "lora"), (1, 2), (1, 3)):
+        for number, placement in enumerate(plain):
+            cases[f"{trains}-z{zero}-acc{per_rank}-{number}"] = Case(Model(trains), placement, zero, per_rank)
+        for number, placement in enumerate(skewed):
+            model = Model(trains, skewed=True)
+            cases[f"skewed-{trains}-z{zero}-acc{per_rank}-{number}"] = Case(model, placement, zero, per_rank)
+    return cases
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("world", CASES)
+def test_every_combination_equals_one_process(world, tmp_path):
+    check(world, _product(world), tmp_path)

@@ -63,8 +63,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Case:
-    """How a world trains it. placement: of both mixtures, None: experts on every rank; moves: step to placement, before
-    which experts move there; checkpointed: with activation checkpointing; per_rank: micro-batches of a rank and step."""
+    """How a world trains it. placement: of both mixtures, None: experts on every rank; per_rank: micro-batches of a rank
+    and step; moves: step to placement, before which experts move there; checkpointed: with activation checkpointing;
+    same_as: another case, of which nothing must differ."""
 
     model: Model
     placement: tuple[Held, Held] | None = None
@@ -72,6 +73,8 @@ class Case:
     per_rank: int = 1
     moves: dict[int, tuple[Held, Held]] = field(default_factory=dict)
     checkpointed: bool = False
+    precision: str = "fp32"
+    same_as: str | None = None
 
 
 def build(settings: Model):
