@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -274,16 +275,17 @@ class Cluster:
 
     def _lines(self, path: str, query: list[tuple[str, Any]], what: str, silence_s: float) -> Iterator[str]:
         """Lines as they come; Unreachable after ``silence_s`` without one or when the connection breaks."""
-        response = self._open("GET", path, query, None, (self.patience.connect_s, silence_s), what)
         try:
-            if response.status >= 300:
-                raise self._error(response.status, response.data.decode(errors="replace"), what)
-            yield from filter(None, iter_resp_lines(response))
+            response = self._open("GET", path, query, None, (self.patience.connect_s, silence_s), what)
+            try:
+                if response.status >= 300:
+                    raise self._error(response.status, response.data.decode(errors="replace"), what)
+                yield from filter(None, iter_resp_lines(response))
+            finally:
+                response.close()
+                response.release_conn()
         except urllib3.exceptions.HTTPError as error:
             raise Unreachable(f"{what}: {self.where} ended the connection ({_cause(error)})") from None
-        finally:
-            response.close()
-            response.release_conn()
 
     def _send(self, method: str, path: str, query: list, body: Any = None, what: str = "") -> urllib3.HTTPResponse:
         """One request, sent again where that may help. The answer is read and a success."""
@@ -323,8 +325,6 @@ class Cluster:
             raise _Refused(f"{self.where} cannot be trusted: {' '.join(str(error.reason).split())}") from None
         except urllib3.exceptions.SSLError as error:
             raise _Refused(f"{self.where} cannot be trusted: {_cause(error)}") from None
-        except urllib3.exceptions.ConnectTimeoutError:
-            raise
         except (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ProxyError) as error:
             raise _Refused(f"{self.where} cannot be reached: {_cause(error)}") from None
 
@@ -340,16 +340,19 @@ class _Refused(Unreachable):
 
 def _worth_another_try(error: ApiError) -> bool:
     if error.status == 409:  # Written between reading and writing, or still being deleted
-        return not error.conflicts
+        return not error.conflicts  # A manager's fields stay its own.
     return error.status == 429 or error.status >= 500
 
 
 def _cause(error: Exception) -> str:
     """The last words of urllib3's chain: ``Connection refused``."""
-    if isinstance(error, urllib3.exceptions.ConnectTimeoutError | urllib3.exceptions.ReadTimeoutError):
+    if isinstance(error, urllib3.exceptions.TimeoutError) and not isinstance(
+        error,
+        urllib3.exceptions.NewConnectionError,  # A subclass that has a cause of its own
+    ):
         return "timed out"
     text = str(error.args[-1] if error.args else error)
-    return text.rsplit(": ", 1)[-1].strip("()'\" ") or type(error).__name__
+    return re.sub(r"^\[Errno -?\d+\] ", "", text.rsplit(": ", 1)[-1].strip("()'\" ")) or type(error).__name__
 
 
 __all__ = ["ApiError", "Cluster", "Event", "Expired", "FIELD_MANAGER", "Patience", "Resource", "Unreachable", "connect"]
