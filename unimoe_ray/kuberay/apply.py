@@ -14,8 +14,8 @@ from unimoe_ray.errors import UsageError
 from unimoe_ray.kuberay.client import Cluster
 from unimoe_ray.kuberay.documents import HOLDS_DATA, Document, Ref, in_order
 from unimoe_ray.kuberay.errors import ApiError
-from unimoe_ray.kuberay.validate import validate
 from unimoe_ray.kuberay.redact import HIDDEN, Redactor, secret_values
+from unimoe_ray.kuberay.validate import validate
 
 # A cluster may be without what watches ours: then nothing watches, and all else works.
 OPTIONAL_GROUPS = {"monitoring.coreos.com": "the Prometheus operator"}
