@@ -117,7 +117,7 @@ def _apply(cluster: Cluster, document: Document, before: Document | None, force:
     ref = Ref.of(document, cluster.namespace)
     if before is None:
         return Change(ref, "created", None, cluster.apply(document, force, dry_run))
-    kept = _with_scale_of(before, document)
+    kept, notes = _kept(before, document)
     try:
         after = cluster.apply(kept, force, dry_run)
     except ApiError as error:
@@ -126,24 +126,35 @@ def _apply(cluster: Cluster, document: Document, before: Document | None, force:
             raise
         after = cluster.apply(kept, True, dry_run)
     same = _essence(before) == _essence(after)
-    note = "" if kept == document else "its autoscaler's number of workers kept"
-    return Change(ref, "unchanged" if same else "configured", before, after, note)
+    return Change(ref, "unchanged" if same else "configured", before, after, "; ".join(notes))
 
 
 def _autoscales(document: Document) -> bool:
     return document["kind"] == "RayCluster" and bool(document["spec"].get("enableInTreeAutoscaling"))
 
 
-def _with_scale_of(stored: Document, document: Document) -> Document:
-    """The document with the sizes that the autoscaler has given to the groups of a stored RayCluster."""
-    if not _autoscales(document):
-        return document
-    sizes = {
-        group["groupName"]: {key: group[key] for key in ("replicas", "scaleStrategy") if key in group}
-        for group in stored["spec"].get("workerGroupSpecs") or []
-    }
-    groups = [group | sizes.get(group["groupName"], {}) for group in document["spec"].get("workerGroupSpecs") or []]
-    return document | {"spec": document["spec"] | {"workerGroupSpecs": groups}}
+def _kept(stored: Document, document: Document) -> tuple[Document, list[str]]:
+    """The document with what is no longer its author's to say, and words for what that is.
+
+    That is the size that the autoscaler has given to a group, and that a resource which is made suspended has been
+    started (by ``submit``, a queue or a person).
+    """
+    spec, notes = dict(document.get("spec") or {}), []
+    if not document["apiVersion"].startswith("ray.io/"):
+        return document, notes
+    if spec.get("suspend") and not stored["spec"].get("suspend"):
+        spec["suspend"] = False
+        notes.append("it was started and stays so")
+    if _autoscales(document):
+        sizes = {
+            group["groupName"]: {key: group[key] for key in ("replicas", "scaleStrategy") if key in group}
+            for group in stored["spec"].get("workerGroupSpecs") or []
+        }
+        groups = [group | sizes.get(group["groupName"], {}) for group in spec.get("workerGroupSpecs") or []]
+        if groups != spec.get("workerGroupSpecs"):
+            spec["workerGroupSpecs"] = groups
+            notes.append("its autoscaler's number of workers kept")
+    return document | {"spec": spec}, notes
 
 
 def _essence(document: Document) -> Document:

@@ -1,4 +1,4 @@
-"""Kustomizations without kubectl: resources, namespace, labels and patches. Any other key is refused by name.
+"""Kustomizations without kubectl: resources, ConfigMaps of files, namespace, labels and patches; no other key.
 
 A merge patch replaces lists whole, as kustomize does for custom resources; for Kubernetes' own kinds, whose lists it
 merges by keys, patches that hold lists must be JSON patches here.
@@ -17,7 +17,17 @@ from unimoe_ray.errors import UsageError
 from unimoe_ray.kuberay.documents import Document, parse, read_file
 
 FILE = "kustomization.yaml"
-_KEYS = {"apiVersion", "kind", "metadata", "resources", "namespace", "labels", "patches"}
+_KEYS = {
+    "apiVersion",
+    "kind",
+    "metadata",
+    "resources",
+    "namespace",
+    "labels",
+    "patches",
+    "configMapGenerator",
+    "generatorOptions",
+}
 _WITHOUT_NAMESPACE = {
     "Namespace",
     "PriorityClass",
@@ -40,6 +50,8 @@ def build(folder: Path) -> list[Document]:
             f"{file}: {', '.join(unknown)} cannot be read here; use: kubectl kustomize {folder} | unimoe k8s apply -"
         )
     documents = [document for entry in given.get("resources") or [] for document in _resource(folder, entry)]
+    options = given.get("generatorOptions") or {}
+    documents += [_config_map(folder, entry, options) for entry in given.get("configMapGenerator") or []]
     for patch in given.get("patches") or []:
         documents = _patched(documents, patch, folder)
     for entry in given.get("labels") or []:
@@ -63,6 +75,22 @@ def _resource(folder: Path, entry: str) -> list[Document]:
     if "://" in entry:
         raise UsageError(f"{folder / FILE}: {entry}: only files and folders can be read here")
     return build(path) if path.is_dir() else read_file(path)
+
+
+def _config_map(folder: Path, entry: dict[str, Any], options: dict[str, Any]) -> Document:
+    """Its name as given: with the hash of its content, references in custom resources could not be told from text."""
+    where = f"{folder / FILE}: configMapGenerator {entry.get('name')}"
+    if not options.get("disableNameSuffixHash"):
+        raise UsageError(f"{where}: needs generatorOptions.disableNameSuffixHash: true to be read here")
+    if unknown := sorted(set(entry) - {"name", "namespace", "files"}):
+        raise UsageError(f"{where}: {', '.join(unknown)} cannot be read here")
+    metadata = {key: entry[key] for key in ("name", "namespace") if key in entry}
+    metadata |= {key: dict(options[key]) for key in ("labels", "annotations") if options.get(key)}
+    data = {}
+    for file in entry.get("files") or []:
+        key, _, path = file.rpartition("=")
+        data[key or Path(path).name] = (folder / path).read_text(encoding="utf-8")
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
 
 
 def _patched(documents: list[Document], patch: dict[str, Any], folder: Path) -> list[Document]:

@@ -114,11 +114,7 @@ def _group_problems(group: Group, path: Path, has_v2: bool) -> Iterator[Problem]
 
 def _worker_problems(group: WorkerGroup, path: Path, scales: bool, has_v2: bool) -> Iterator[Problem]:
     low, high = group.min_replicas, group.max_replicas
-    for name, value in (
-        ("minReplicas", low),
-        ("maxReplicas", high),
-        ("idleTimeoutSeconds", group.idle_timeout_seconds),
-    ):
+    for name, value in (("minReplicas", low), ("maxReplicas", high), ("idleTimeoutSeconds", group.idle_timeout_seconds)):
         if value is not None and value < 0:
             yield problem((*path, name), f"is {value}; must be from 0")
     if low is not None and high is not None and low > high:
@@ -208,9 +204,7 @@ def _service_problems(spec: RayServiceSpec, path: Path) -> Iterator[Problem]:
     if not 0 <= surge <= 100:
         yield problem((*at, "maxSurgePercent"), f"is {surge}; allowed: 0 to 100")
     if not 0 <= options.step_size_percent <= min(surge, 100):
-        yield problem(
-            (*at, "stepSizePercent"), f"is {options.step_size_percent}; allowed: 0 to maxSurgePercent, {surge}"
-        )
+        yield problem((*at, "stepSizePercent"), f"is {options.step_size_percent}; allowed: 0 to maxSurgePercent, {surge}")
     if options.interval_seconds <= 0:
         yield problem((*at, "intervalSeconds"), f"is {options.interval_seconds}; must be above 0")
 
