@@ -117,15 +117,31 @@ def _load_in_cluster(settings: Configuration) -> str:
 def _load_kubeconfig(settings: Configuration, files: str, context: str | None) -> tuple[str, str]:
     """Returns words for the server, and the namespace of the context."""
     try:
-        contexts, active = kubernetes_config.list_kube_config_contexts(files)
-        known = {entry["name"]: entry["context"] for entry in contexts}
-        name = context or active["name"]
+        known, current = _contexts(files)
+        name = context or current
+        allowed = ", ".join(sorted(known)) or "(it has none)"
+        if not name:
+            raise UsageError(f"{files} has no current context: name one with --context; allowed: {allowed}")
         if name not in known:
-            raise UsageError(f"--context {name}: no such context in {files}; allowed: {', '.join(sorted(known))}")
+            raise UsageError(f"--context {name}: no such context in {files}; allowed: {allowed}")
         kubernetes_config.load_kube_config(files, name, settings, persist_config=False)
     except (kubernetes_config.ConfigException, yaml.YAMLError) as error:
         raise UsageError(f"{files}: {' '.join(str(error).split())}") from None
     return f"the API server of context {name!r} ({settings.host})", known[name].get("namespace") or "default"
+
+
+def _contexts(files: str) -> tuple[dict[str, Document], str]:
+    """Contexts by name, and the current one; the first file that says something wins, as with kubectl."""
+    known: dict[str, Document] = {}
+    current = ""
+    for file in files.split(os.pathsep):
+        path = Path(file).expanduser()
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not isinstance(content, dict):
+            raise UsageError(f"{file}: not a kubeconfig")
+        known = {entry["name"]: entry["context"] for entry in content.get("contexts") or []} | known
+        current = current or content.get("current-context") or ""
+    return known, current
 
 
 class Cluster:
