@@ -1,4 +1,4 @@
-"""The command line: ``unimoe prepare | train | eval | chat | serve | export | import | report | doctor``."""
+"""The command line: ``unimoe prepare | train | eval | chat | serve | export | import | report | doctor | k8s``."""
 
 from __future__ import annotations
 
@@ -107,6 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="check this machine and say what to do about each finding")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=_doctor)
+
+    from unimoe_ray.kuberay import commands as kubernetes
+
+    kubernetes.add_to(commands)
     return parser
 
 
