@@ -8,7 +8,7 @@ from unimoe_ray.config import Config, dump
 from unimoe_ray.kuberay.overlays import Overlay
 from unimoe_ray.kuberay.pods import ACCOUNT, CLAIM, CONTAINER_SECURITY, pod_security, resource_name
 from unimoe_ray.kuberay.sizing import Plan
-from unimoe_ray.kuberay.workloads import REDIS
+from unimoe_ray.kuberay.workloads import HELD, REDIS
 
 Document = dict[str, Any]
 REDIS_IMAGE, REDIS_PORT, REDIS_USER = "redis:7.4-alpine", 6379, 999
@@ -56,7 +56,7 @@ def monitoring(config: Config) -> dict[str, list[Document]]:
 
 
 def queue(config: Config, plan: Plan, overlay: Overlay) -> dict[str, list[Document]]:
-    """Kueue's: what jobs may have together, and where they wait."""
+    """Kueue's: what jobs may have together, the queue where they wait for it, and the one where they wait for us."""
     train, encode = plan.pods["train"], plan.pods.get("encode")
     pods = [(train, train.most), *([(encode, encode.most)] if encode else []), (plan.pods["job-head"], 1)]
     amounts = {
@@ -77,7 +77,13 @@ def queue(config: Config, plan: Plan, overlay: Overlay) -> dict[str, list[Docume
         "queue.yaml": [
             {"apiVersion": api, "kind": "ResourceFlavor", "metadata": {"name": QUEUE_FLAVOR}, "spec": {}},
             {"apiVersion": api, "kind": "ClusterQueue", "metadata": {"name": name}, "spec": cluster_queue},
-            {"apiVersion": api, "kind": "LocalQueue", "metadata": _metadata(name, space), "spec": {"clusterQueue": name}},
+            *(
+                {"apiVersion": api, "kind": "LocalQueue", "metadata": _metadata(local, space), "spec": spec}
+                for local, spec in (
+                    (name, {"clusterQueue": name}),
+                    (name + HELD, {"clusterQueue": name, "stopPolicy": "Hold"}),
+                )
+            ),
         ]
     }
 

@@ -42,6 +42,8 @@ from unimoe_ray.kuberay.pods import (
 from unimoe_ray.kuberay.sizing import AUTOSCALER_CPUS, AUTOSCALER_GIB, ENCODERS, Plan, Pod
 
 REDIS = "unimoe-redis"
+QUEUE = "kueue.x-k8s.io/queue-name"
+HELD = "-held"  # ends the name of the queue out of which nothing is started
 ROLE, MODALITY = "unimoe.io/role", "unimoe.io/modality"
 IDLE_S = {"train": 300, "encode": 60, "language": 600, "image": 300, "speech": 300, "audio": 300}
 # The drivers of these read the model on the head.
@@ -103,7 +105,7 @@ def endpoint(config: Config, overlay: Overlay, plan: Plan) -> RayService:
 def _metadata(config: Config, overlay: Overlay, component: str, *parts: str, queued: bool = False) -> dict[str, Any]:
     marks = labels(config, component)
     if queued:
-        marks["kueue.x-k8s.io/queue-name"] = config.kubernetes.queue
+        marks[QUEUE] = config.kubernetes.queue + HELD
     return {"name": resource_name(config, *parts), "namespace": config.kubernetes.namespace, "labels": marks}
 
 
