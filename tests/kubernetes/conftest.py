@@ -7,13 +7,15 @@ resource definitions lie in ``kuberay-crds`` beside that folder.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -43,6 +45,7 @@ class ApiServer:
     url: str
     kubeconfig: Path
     kubectl_path: str
+    request: Callable[..., tuple[int, str]]  # (method, path, body as text) -> status, text
 
     def kubectl(self, *arguments: str | Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run kubectl against the server; the caller looks at the return code."""
@@ -55,6 +58,13 @@ class ApiServer:
         command = [self.kubectl_path, *map(str, arguments)]
         return subprocess.run(command, input=stdin, capture_output=True, text=True, env=environment, timeout=60)
 
+    def create(self, document: dict[str, Any]) -> tuple[int, str]:
+        """Ask the server, strictly, whether it would take a document; nothing is stored. Status code and message."""
+        namespace, plural = document["metadata"].get("namespace", "default"), f"{document['kind'].lower()}s"
+        path = f"/apis/{document['apiVersion']}/namespaces/{namespace}/{plural}?dryRun=All&fieldValidation=Strict"
+        status, text = self.request("POST", path, json.dumps(document))
+        return status, json.loads(text).get("message", "") if text.startswith("{") else text
+
 
 @pytest.fixture(scope="session")
 def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
@@ -63,7 +73,7 @@ def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     for name in CRDS:  # Only these: each takes the server seconds to compile and a hundred MiB.
         (folder / f"ray.io_{name}.yaml").symlink_to(crds() / f"ray.io_{name}.yaml")
     with _start().running(tmp_path_factory.mktemp("api-server"), crds=folder, timeout=120) as server:
-        yield ApiServer(server.url, server.kubeconfig, kubectl())
+        yield ApiServer(server.url, server.kubeconfig, kubectl(), server.request)
 
 
 @pytest.fixture

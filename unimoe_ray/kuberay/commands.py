@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+_OVERLAYS = "cpu-mini, gpu, gpu-spot or kueue"
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 
@@ -117,7 +118,29 @@ def _submit(parser: argparse.ArgumentParser) -> None:
     _cluster(parser)
 
 
+def _render(parser: argparse.ArgumentParser) -> None:
+    _configuration(parser)
+    parser.add_argument("--overlay", default="cpu-mini", metavar="NAME", help=f"{_OVERLAYS} (default: cpu-mini)")
+    parser.add_argument("--output", type=Path, default=Path("k8s"), metavar="DIR", help="default: k8s")
+
+
+def _size(parser: argparse.ArgumentParser) -> None:
+    _configuration(parser)
+    parser.add_argument("--overlay", metavar="NAME", help=f"{_OVERLAYS} (default: as large as the model)")
+
+
+def _configuration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", default="mini", metavar="PRESET|FILE", help="preset name or YAML file (default: mini)"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="such as kubernetes.nodes.large_gpu.gpus=4"
+    )
+
+
 COMMANDS = {
+    "render": Command("write manifests of a configuration", _render, "manifests:render"),
+    "size": Command("GPUs, memory and experts of a configuration, and why", _size, "manifests:size"),
     "apply": Command("make a cluster have what a folder, file or stdin says", _apply, "cluster_commands:apply"),
     "submit": Command("start a stage's job (or the endpoint, or the cluster) and follow it", _submit, "submit:submit"),
     "status": Command("what runs, and what is wrong with it", _status, "cluster_commands:status"),
