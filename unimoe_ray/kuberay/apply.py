@@ -12,7 +12,7 @@ import yaml
 
 from unimoe_ray.errors import UsageError
 from unimoe_ray.kuberay.client import Cluster
-from unimoe_ray.kuberay.documents import HOLDS_DATA, Document, Ref, in_order
+from unimoe_ray.kuberay.documents import HELD, HOLDS_DATA, QUEUE, Document, Ref, in_order
 from unimoe_ray.kuberay.errors import ApiError
 from unimoe_ray.kuberay.redact import HIDDEN, Redactor, secret_values
 from unimoe_ray.kuberay.validate import validate
@@ -139,12 +139,16 @@ def _kept(stored: Document, document: Document) -> tuple[Document, list[str]]:
     That is the size that the autoscaler has given to a group, and that a resource which is made suspended has been
     started (by ``submit``, a queue or a person).
     """
-    spec, notes = dict(document.get("spec") or {}), []
+    spec, metadata, notes = dict(document.get("spec") or {}), dict(document["metadata"]), []
     if not document["apiVersion"].startswith("ray.io/"):
         return document, notes
+    queue, queue_now = ((d["metadata"].get("labels") or {}).get(QUEUE, "") for d in (document, stored))
     if spec.get("suspend") and not stored["spec"].get("suspend"):
         spec["suspend"] = False
         notes.append("it was started and stays so")
+    if queue.endswith(HELD) and queue_now == queue.removesuffix(HELD):
+        metadata["labels"] = metadata["labels"] | {QUEUE: queue_now}
+        notes = ["it was started and stays so"]
     if _autoscales(document):
         sizes = {
             group["groupName"]: {key: group[key] for key in ("replicas", "scaleStrategy") if key in group}
@@ -154,7 +158,7 @@ def _kept(stored: Document, document: Document) -> tuple[Document, list[str]]:
         if groups != spec.get("workerGroupSpecs"):
             spec["workerGroupSpecs"] = groups
             notes.append("its autoscaler's number of workers kept")
-    return document | {"spec": spec}, notes
+    return document | {"metadata": metadata, "spec": spec}, notes
 
 
 def _essence(document: Document) -> Document:

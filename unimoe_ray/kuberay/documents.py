@@ -13,6 +13,10 @@ from unimoe_ray.errors import UsageError
 
 Document = dict[str, Any]
 RAY = "ray.io/v1"
+QUEUE = "kueue.x-k8s.io/queue-name"  # a label
+HELD = "-held"  # ends the name of the queue out of which nothing is started
+# Ten times as quick where libyaml is there; both make plain data only.
+_LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
 # What others need comes first; what is not listed goes before ray.io's.
 ORDER = (
@@ -46,6 +50,7 @@ KINDS = {
     "pod": ("v1", "Pod"),
     "job": ("batch/v1", "Job"),
     "deployment": ("apps/v1", "Deployment"),
+    "statefulset": ("apps/v1", "StatefulSet"),
     "pvc": ("v1", "PersistentVolumeClaim"),
     "persistentvolumeclaim": ("v1", "PersistentVolumeClaim"),
     "namespace": ("v1", "Namespace"),
@@ -137,7 +142,7 @@ def read_file(path: Path) -> list[Document]:
 def parse(text: str, where: str) -> list[Document]:
     """The documents of a text, Lists taken apart; ``where`` it is from, for errors."""
     try:
-        loaded = [document for document in yaml.safe_load_all(text) if document is not None]
+        loaded = [document for document in yaml.load_all(text, Loader=_LOADER) if document is not None]
     except yaml.YAMLError as error:
         raise UsageError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
     documents: list[Document] = []

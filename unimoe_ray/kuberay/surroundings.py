@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from unimoe_ray.config import Config, dump
+from unimoe_ray.kuberay.documents import HELD
 from unimoe_ray.kuberay.overlays import Overlay
 from unimoe_ray.kuberay.pods import ACCOUNT, CLAIM, CONTAINER_SECURITY, pod_security, resource_name
 from unimoe_ray.kuberay.sizing import Plan
-from unimoe_ray.kuberay.workloads import HELD, REDIS
+from unimoe_ray.kuberay.workloads import REDIS
 
 Document = dict[str, Any]
 REDIS_IMAGE, REDIS_PORT, REDIS_USER = "redis:7.4-alpine", 6379, 999
