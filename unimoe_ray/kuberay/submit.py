@@ -112,7 +112,8 @@ def _output(cluster: Cluster) -> Iterator[Callable[[Document | None], None]]:
             return
         for pod in pods_of(cluster, document):
             name = pod["metadata"]["name"]
-            if role(pod) == "submitter" and name not in threads:
+            leaving = "deletionTimestamp" in pod["metadata"]  # of a job that this one replaces
+            if role(pod) == "submitter" and not leaving and name not in threads:
                 where = Ref.of(pod, cluster.namespace), pod_logs.main_container(pod)
                 threads[name] = threading.Thread(target=_print_log, args=(cluster, *where, stop), daemon=True)
                 threads[name].start()
