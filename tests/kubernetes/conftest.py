@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from tests.kubernetes import core_api
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 CRDS = ("rayclusters", "rayjobs", "rayservices")
 
@@ -72,6 +74,20 @@ def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
         (folder / f"ray.io_{name}.yaml").symlink_to(crds() / f"ray.io_{name}.yaml")
     with _start().running(tmp_path_factory.mktemp("api-server"), crds=folder, timeout=120) as server:
         yield ApiServer(server.url, server.kubeconfig, kubectl(), server.request)
+
+
+@pytest.fixture
+def core() -> Iterator[core_api.CoreApi]:
+    """Core kinds only, played: ``core_api`` says how."""
+    with core_api.running() as api:
+        yield api
+
+
+@pytest.fixture
+def front(api_server: ApiServer) -> Iterator[core_api.CoreApi]:
+    """One cluster to a client: ray.io is kept by the real API server, core kinds are played."""
+    with core_api.running(upstream=api_server.kubeconfig) as api:
+        yield api
 
 
 def kubectl() -> str:

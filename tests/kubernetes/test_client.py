@@ -95,7 +95,22 @@ def test_without_a_kubeconfig_one_line_says_so(tmp_path, monkeypatch):
     (tmp_path / "none").write_text("{broken")
     assert raises_line(connect, UsageError).startswith(f"{tmp_path}/none: ")
     (tmp_path / "none").write_text("kind: Config\n")
-    assert raises_line(connect, UsageError).startswith(f"{tmp_path}/none: ")
+    assert raises_line(connect, UsageError) == (
+        f"{tmp_path}/none has no current context: name one with --context; allowed: (it has none)"
+    )
+    (tmp_path / "none").write_text("just text")
+    assert raises_line(connect, UsageError).startswith(f"{tmp_path}/none")
+
+
+def test_a_kubeconfig_without_a_current_context_needs_one_named(tmp_path, api):
+    file = kubeconfig_of(api.url, tmp_path, one="first", two="second")
+    document = yaml.safe_load(file.read_text())
+    del document["current-context"]
+    file.write_text(yaml.safe_dump(document))
+    assert "has no current context: name one with --context; allowed: one, two" in raises_line(
+        lambda: connect(file), UsageError
+    )
+    assert connect(file, context="two").get(REF) is None
 
 
 def test_in_a_pod_the_service_account_is_used(tmp_path, monkeypatch, api):

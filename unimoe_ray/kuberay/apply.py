@@ -14,8 +14,8 @@ from unimoe_ray.errors import UsageError
 from unimoe_ray.kuberay.client import Cluster
 from unimoe_ray.kuberay.documents import HOLDS_DATA, Document, Ref, in_order
 from unimoe_ray.kuberay.errors import ApiError
-from unimoe_ray.kuberay.models import validate
 from unimoe_ray.kuberay.redact import HIDDEN, Redactor, secret_values
+from unimoe_ray.kuberay.validate import validate
 
 # A cluster may be without what watches ours: then nothing watches, and all else works.
 OPTIONAL_GROUPS = {"monitoring.coreos.com": "the Prometheus operator"}
@@ -35,16 +35,17 @@ class Change:
         return f"{self.ref} {self.action}" + (f" ({self.note})" if self.note else "")
 
 
-def check(documents: list[Document]) -> None:
-    """Our own validation of every ray.io document. Raises UsageError naming each field that is wrong, and why."""
-    problems = [
-        f"{document['kind'].lower()}/{document['metadata']['name']}: {problem.path}: {problem.reason}"
-        for document in documents
-        if document["apiVersion"].startswith("ray.io/")
-        for problem in validate(document)
-    ]
+def check(documents: list[Document], redactor: Redactor, stored: Document | None = None) -> None:
+    """Our own validation, before the server is asked. Raises UsageError naming each field that is wrong, and why.
+
+    stored: of a single document, the object that it would change.
+    """
+    problems = []
+    for document in documents:
+        redactor.learn_document(document)
+        problems += [f"{Ref.of(document, '')}: {problem}" for problem in validate(document, stored)]
     if problems:
-        raise UsageError("; ".join(problems))
+        raise UsageError(redactor.text("; ".join(problems)))
 
 
 def plan(cluster: Cluster, documents: list[Document], force: bool = False) -> list[Change]:
@@ -53,7 +54,7 @@ def plan(cluster: Cluster, documents: list[Document], force: bool = False) -> li
     The server judges every document (a dry run), except those in a namespace that is yet to be made. Raises
     UsageError for a document that we refuse, ApiError for one that the server refuses.
     """
-    check(documents)
+    check(documents, cluster.redactor)
     ordered = in_order(documents)
     refs = [Ref.of(document, cluster.namespace) for document in ordered]
     if twice := sorted({str(ref) for ref in refs if refs.count(ref) > 1}):
@@ -63,12 +64,13 @@ def plan(cluster: Cluster, documents: list[Document], force: bool = False) -> li
     changes = []
     for ref, document in zip(refs, ordered, strict=True):
         if ref in skipped:
-            changes.append(Change(ref, "skipped", note=f"the cluster has no {skipped[ref]}"))
+            changes.append(Change(ref, "skipped", note=f"the cluster is without {skipped[ref]}"))
         elif ref.namespace in made_here and cluster.resource(ref).namespaced:
             changes.append(Change(ref, "created"))
         else:
             before = cluster.get(ref)
-            changes.append(_change(ref, before, cluster.apply(document, force, dry_run=True)))
+            check([document], cluster.redactor, before)
+            changes.append(_apply(cluster, document, before, force, dry_run=True))
     return changes
 
 
@@ -80,8 +82,7 @@ def apply(cluster: Cluster, documents: list[Document], force: bool = False) -> I
         if ref in skipped:
             yield skipped[ref]
         else:
-            before = cluster.get(ref)
-            yield _change(ref, before, cluster.apply(document, force))
+            yield _apply(cluster, document, cluster.get(ref), force)
 
 
 def delete(cluster: Cluster, documents: list[Document], with_data: bool = False) -> Iterator[str]:
@@ -112,11 +113,48 @@ def difference(change: Change, redactor: Redactor) -> str:
     return "\n".join(lines)
 
 
-def _change(ref: Ref, before: Document | None, after: Document) -> Change:
+def _apply(cluster: Cluster, document: Document, before: Document | None, force: bool, dry_run: bool = False) -> Change:
+    ref = Ref.of(document, cluster.namespace)
     if before is None:
-        return Change(ref, "created", None, after)
+        return Change(ref, "created", None, cluster.apply(document, force, dry_run))
+    kept, notes = _kept(before, document)
+    try:
+        after = cluster.apply(kept, force, dry_run)
+    except ApiError as error:
+        # To the server the list of groups is one field, and the autoscaler that writes a group's size owns it all.
+        if not _autoscales(document) or error.conflicts != ("spec.workerGroupSpecs",):
+            raise
+        after = cluster.apply(kept, True, dry_run)
     same = _essence(before) == _essence(after)
-    return Change(ref, "unchanged" if same else "configured", before, after)
+    return Change(ref, "unchanged" if same else "configured", before, after, "; ".join(notes))
+
+
+def _autoscales(document: Document) -> bool:
+    return document["kind"] == "RayCluster" and bool(document["spec"].get("enableInTreeAutoscaling"))
+
+
+def _kept(stored: Document, document: Document) -> tuple[Document, list[str]]:
+    """The document with what is no longer its author's to say, and words for what that is.
+
+    That is the size that the autoscaler has given to a group, and that a resource which is made suspended has been
+    started (by ``submit``, a queue or a person).
+    """
+    spec, notes = dict(document.get("spec") or {}), []
+    if not document["apiVersion"].startswith("ray.io/"):
+        return document, notes
+    if spec.get("suspend") and not stored["spec"].get("suspend"):
+        spec["suspend"] = False
+        notes.append("it was started and stays so")
+    if _autoscales(document):
+        sizes = {
+            group["groupName"]: {key: group[key] for key in ("replicas", "scaleStrategy") if key in group}
+            for group in stored["spec"].get("workerGroupSpecs") or []
+        }
+        groups = [group | sizes.get(group["groupName"], {}) for group in spec.get("workerGroupSpecs") or []]
+        if groups != spec.get("workerGroupSpecs"):
+            spec["workerGroupSpecs"] = groups
+            notes.append("its autoscaler's number of workers kept")
+    return document | {"spec": spec}, notes
 
 
 def _essence(document: Document) -> Document:

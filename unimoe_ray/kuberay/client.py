@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -116,15 +117,31 @@ def _load_in_cluster(settings: Configuration) -> str:
 def _load_kubeconfig(settings: Configuration, files: str, context: str | None) -> tuple[str, str]:
     """Returns words for the server, and the namespace of the context."""
     try:
-        contexts, active = kubernetes_config.list_kube_config_contexts(files)
-        known = {entry["name"]: entry["context"] for entry in contexts}
-        name = context or active["name"]
+        known, current = _contexts(files)
+        name = context or current
+        allowed = ", ".join(sorted(known)) or "(it has none)"
+        if not name:
+            raise UsageError(f"{files} has no current context: name one with --context; allowed: {allowed}")
         if name not in known:
-            raise UsageError(f"--context {name}: no such context in {files}; allowed: {', '.join(sorted(known))}")
+            raise UsageError(f"--context {name}: no such context in {files}; allowed: {allowed}")
         kubernetes_config.load_kube_config(files, name, settings, persist_config=False)
     except (kubernetes_config.ConfigException, yaml.YAMLError) as error:
         raise UsageError(f"{files}: {' '.join(str(error).split())}") from None
     return f"the API server of context {name!r} ({settings.host})", known[name].get("namespace") or "default"
+
+
+def _contexts(files: str) -> tuple[dict[str, Document], str]:
+    """Contexts by name, and the current one; the first file that says something wins, as with kubectl."""
+    known: dict[str, Document] = {}
+    current = ""
+    for file in files.split(os.pathsep):
+        path = Path(file).expanduser()
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not isinstance(content, dict):
+            raise UsageError(f"{file}: not a kubeconfig")
+        known = {entry["name"]: entry["context"] for entry in content.get("contexts") or []} | known
+        current = current or content.get("current-context") or ""
+    return known, current
 
 
 class Cluster:
@@ -274,16 +291,17 @@ class Cluster:
 
     def _lines(self, path: str, query: list[tuple[str, Any]], what: str, silence_s: float) -> Iterator[str]:
         """Lines as they come; Unreachable after ``silence_s`` without one or when the connection breaks."""
-        response = self._open("GET", path, query, None, (self.patience.connect_s, silence_s), what)
         try:
-            if response.status >= 300:
-                raise self._error(response.status, response.data.decode(errors="replace"), what)
-            yield from filter(None, iter_resp_lines(response))
+            response = self._open("GET", path, query, None, (self.patience.connect_s, silence_s), what)
+            try:
+                if response.status >= 300:
+                    raise self._error(response.status, response.data.decode(errors="replace"), what)
+                yield from filter(None, iter_resp_lines(response))
+            finally:
+                response.close()
+                response.release_conn()
         except urllib3.exceptions.HTTPError as error:
             raise Unreachable(f"{what}: {self.where} ended the connection ({_cause(error)})") from None
-        finally:
-            response.close()
-            response.release_conn()
 
     def _send(self, method: str, path: str, query: list, body: Any = None, what: str = "") -> urllib3.HTTPResponse:
         """One request, sent again where that may help. The answer is read and a success."""
@@ -323,8 +341,6 @@ class Cluster:
             raise _Refused(f"{self.where} cannot be trusted: {' '.join(str(error.reason).split())}") from None
         except urllib3.exceptions.SSLError as error:
             raise _Refused(f"{self.where} cannot be trusted: {_cause(error)}") from None
-        except urllib3.exceptions.ConnectTimeoutError:
-            raise
         except (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ProxyError) as error:
             raise _Refused(f"{self.where} cannot be reached: {_cause(error)}") from None
 
@@ -340,16 +356,19 @@ class _Refused(Unreachable):
 
 def _worth_another_try(error: ApiError) -> bool:
     if error.status == 409:  # Written between reading and writing, or still being deleted
-        return not error.conflicts
+        return not error.conflicts  # A manager's fields stay its own.
     return error.status == 429 or error.status >= 500
 
 
 def _cause(error: Exception) -> str:
     """The last words of urllib3's chain: ``Connection refused``."""
-    if isinstance(error, urllib3.exceptions.ConnectTimeoutError | urllib3.exceptions.ReadTimeoutError):
+    if isinstance(error, urllib3.exceptions.TimeoutError) and not isinstance(
+        error,
+        urllib3.exceptions.NewConnectionError,  # A subclass that has a cause of its own
+    ):
         return "timed out"
     text = str(error.args[-1] if error.args else error)
-    return text.rsplit(": ", 1)[-1].strip("()'\" ") or type(error).__name__
+    return re.sub(r"^\[Errno -?\d+\] ", "", text.rsplit(": ", 1)[-1].strip("()'\" ")) or type(error).__name__
 
 
 __all__ = ["ApiError", "Cluster", "Event", "Expired", "FIELD_MANAGER", "Patience", "Resource", "Unreachable", "connect"]

@@ -28,12 +28,14 @@ RAY_KINDS = ("raycluster", "rayjob", "rayservice")
 def apply(arguments: argparse.Namespace) -> int:
     """A line per object; with ``--diff`` what changes in it; with ``--dry-run`` nothing is written."""
     cluster = cluster_of(arguments)
-    documents = _documents(arguments.source, arguments.namespace)
-    show_changes(cluster, documents, arguments.dry_run, arguments.diff, arguments.force_conflicts)
+    documents = documents_of(arguments.source, arguments.namespace)
+    show_changes(cluster, documents, arguments.diff, arguments.dry_run, arguments.force_conflicts)
     return 0
 
 
-def show_changes(cluster: Cluster, documents: list[Document], dry_run: bool, diff: bool, force: bool = False) -> None:
+def show_changes(
+    cluster: Cluster, documents: list[Document], diff: bool = False, dry_run: bool = False, force: bool = False
+) -> None:
     """Apply, and print each change as it is made."""
     changes: Iterable[applying.Change] = (
         applying.plan(cluster, documents, force) if dry_run else applying.apply(cluster, documents, force)
@@ -54,7 +56,7 @@ def delete(arguments: argparse.Namespace) -> int:
             raise UnimoeError(f"{ref} not found in namespace {ref.namespace}")
         documents = [named]
     else:
-        documents = _documents(arguments.source, arguments.namespace)
+        documents = documents_of(arguments.source, arguments.namespace)
     for line in applying.delete(cluster, documents, arguments.with_data):
         print(line, flush=True)
         if arguments.wait and line.endswith(" deleted"):
@@ -187,6 +189,8 @@ def _existing(cluster: Cluster, ref: Ref) -> Document:
 
 
 def cluster_of(arguments: argparse.Namespace) -> Cluster:
+    """The one that the options name; what is tried again is told on stderr."""
+
     def say(line: str) -> None:
         print(f"unimoe: {line}", file=sys.stderr, flush=True)
 
@@ -201,7 +205,8 @@ def _names_object(source: str) -> bool:
     )
 
 
-def _documents(source: str, namespace: str | None) -> list[Document]:
+def documents_of(source: str, namespace: str | None) -> list[Document]:
+    """Those of a folder, file or stdin. Raises UsageError where one states another namespace than ``--namespace``."""
     documents = read(source)
     for document in documents:
         stated = document["metadata"].get("namespace")

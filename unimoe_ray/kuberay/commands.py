@@ -107,6 +107,17 @@ def _delete(parser: argparse.ArgumentParser) -> None:
     _cluster(parser)
 
 
+def _submit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "name", metavar="NAME", help="stage or other job, endpoint, cluster: the end of its name is enough"
+    )
+    _source(parser)
+    parser.add_argument("--diff", action="store_true", help="print what changes in objects that are there; no secrets")
+    parser.add_argument("--no-follow", dest="follow", action="store_false", help="start it and return")
+    parser.add_argument("--timeout", type=seconds, default=86400.0, metavar="TIME", help="to follow it (default: 24h)")
+    _cluster(parser)
+
+
 def _render(parser: argparse.ArgumentParser) -> None:
     _configuration(parser)
     parser.add_argument("--overlay", default="cpu-mini", metavar="NAME", help=f"{_OVERLAYS} (default: cpu-mini)")
@@ -131,6 +142,7 @@ COMMANDS = {
     "render": Command("write manifests of a configuration", _render, "manifests:render"),
     "size": Command("GPUs, memory and experts of a configuration, and why", _size, "manifests:size"),
     "apply": Command("make a cluster have what a folder, file or stdin says", _apply, "cluster_commands:apply"),
+    "submit": Command("start a stage's job (or the endpoint, or the cluster) and follow it", _submit, "submit:submit"),
     "status": Command("what runs, and what is wrong with it", _status, "cluster_commands:status"),
     "logs": Command("the log of a job, cluster, service or pod", _logs, "cluster_commands:logs"),
     "wait": Command("wait until something is ready, done or gone", _wait, "cluster_commands:wait"),

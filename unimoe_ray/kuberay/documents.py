@@ -113,7 +113,7 @@ def read(source: str) -> list[Document]:
     Raises UsageError naming the file and what is wrong with it.
     """
     if source == "-":
-        return _parse(sys.stdin.read(), "stdin")
+        return parse(sys.stdin.read(), "stdin")
     path = Path(source)
     if path.is_dir():
         from unimoe_ray.kuberay.kustomize import FILE, build
@@ -131,10 +131,11 @@ def read_file(path: Path) -> list[Document]:
     """The documents of a YAML file, Lists taken apart."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file or folder")
-    return _parse(path.read_text(encoding="utf-8"), str(path))
+    return parse(path.read_text(encoding="utf-8"), str(path))
 
 
-def _parse(text: str, where: str) -> list[Document]:
+def parse(text: str, where: str) -> list[Document]:
+    """The documents of a text, Lists taken apart; ``where`` it is from, for errors."""
     try:
         loaded = [document for document in yaml.safe_load_all(text) if document is not None]
     except yaml.YAMLError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from unimoe_ray.errors import UnimoeError
@@ -14,26 +15,27 @@ class Unreachable(UnimoeError):
 
 
 class ApiError(UnimoeError):
-    """The API server's answer is no. status: of HTTP; reason: Kubernetes' word for it, such as Conflict."""
+    """The API server's answer is no.
 
-    def __init__(self, message: str, status: int, reason: str = "", conflicts: bool = False):
+    status: of HTTP. conflicts: fields that another manager owns, where those are the reason.
+    """
+
+    def __init__(self, message: str, status: int, conflicts: tuple[str, ...] = ()):
         super().__init__(message)
-        self.status, self.reason = status, reason
-        self.conflicts = conflicts  # with fields that another manager owns
+        self.status, self.conflicts = status, conflicts
 
 
 class Expired(ApiError):
     """The resource version to watch from is no longer kept (410): list again."""
 
     def __init__(self, message: str):
-        super().__init__(message, 410, "Expired")
+        super().__init__(message, 410)
 
 
 def api_error(status: int, text: str, what: str, server: str) -> ApiError:
     """``text``: the body of the answer, usually a Status object; ``what``: what was tried, such as "apply rayjob/x"."""
     answer = _status(text)
     message = " ".join(str(answer.get("message") or text.strip()[:300] or "no reason given").split())
-    reason = str(answer.get("reason") or "")
     causes = (answer.get("details") or {}).get("causes") or []
     if status == 410:
         return Expired(f"{what}: {message}")
@@ -41,18 +43,25 @@ def api_error(status: int, text: str, what: str, server: str) -> ApiError:
         return ApiError(
             f"{server} does not accept these credentials (401): log in again, or name another --context", 401
         )
-    known = in_words(message)
-    if known is not None:
-        return ApiError(f"{what}: {known}", status, reason)
+    if (known := in_words(message)) is not None:
+        return ApiError(f"{what}: {known}", status)
+    if match := _UNTYPED.match(message):
+        return ApiError(f"{what}: refused by the API server: {match[1]}", 400)
     if status == 403:
-        return ApiError(f"{what}: not allowed (403): {message}", status, reason)
-    if status == 409 and any(cause.get("reason") == "FieldManagerConflict" for cause in causes):
-        return ApiError(
-            f"{what}: {_conflicts(causes)}; --force-conflicts takes them over", status, reason, conflicts=True
-        )
+        return ApiError(f"{what}: not allowed (403): {message}", status)
+    if fields := tuple(
+        str(cause.get("field", "")).lstrip(".") for cause in causes if cause.get("reason") == "FieldManagerConflict"
+    ):
+        owners = ", ".join(sorted({str(cause.get("message", "")).removeprefix("conflict with ") for cause in causes}))
+        text = f"{what}: owned by {owners}: {', '.join(fields)}; --force-conflicts takes them over"
+        return ApiError(text, status, fields)
     if status in (400, 422):
-        return ApiError(f"{what}: refused by the API server: {_causes(causes) or message}", status, reason)
-    return ApiError(f"{what}: {message} ({status})", status, reason)
+        return ApiError(f"{what}: refused by the API server: {_causes(causes) or message}", status)
+    return ApiError(f"{what}: {message} ({status})", status)
+
+
+# Server-side apply answers so, with status 500, to a field that does not exist.
+_UNTYPED = re.compile(r"failed to create typed patch object \([^)]*\): (.*)")
 
 
 def _status(text: str) -> dict[str, Any]:
@@ -72,9 +81,3 @@ def _causes(causes: list[dict[str, Any]]) -> str:
         for cause in causes
     ]
     return "; ".join(dict.fromkeys(line for line in lines if line))
-
-
-def _conflicts(causes: list[dict[str, Any]]) -> str:
-    owners = ", ".join(sorted({str(c.get("message", "")).removeprefix("conflict with ") for c in causes}))
-    fields = ", ".join(str(cause.get("field", "")).lstrip(".") for cause in causes)
-    return f"owned by {owners}: {fields}"

@@ -13,7 +13,17 @@ from typing import Any
 
 from unimoe_ray.kuberay.conditions import check_for, condition, is_true
 from unimoe_ray.kuberay.documents import Document, Ref
-from unimoe_ray.kuberay.observe import QUEUE, WAIT_FOR_HEAD, Snapshot, containers, crash, event_time, labels, role
+from unimoe_ray.kuberay.observe import (
+    QUEUE,
+    WAIT_FOR_HEAD,
+    Snapshot,
+    containers,
+    crash,
+    event_time,
+    labels,
+    role,
+    running,
+)
 from unimoe_ray.kuberay.refusals import in_words
 from unimoe_ray.kuberay.scheduling import unschedulable
 
@@ -249,7 +259,7 @@ def _container(snapshot: Snapshot, pod: Document, what: str, container: dict[str
         yield Finding(what, f"{title} cannot be started: {_config(message)}")
     elif ended := crash(container):
         yield Finding(what, f"{title} {_ended(pod, container, ended)}{_hint(lines)}", lines)
-    elif container["name"] == WAIT_FOR_HEAD and (container.get("state") or {}).get("running") and _head_ready(snapshot):
+    elif container["name"] == WAIT_FOR_HEAD and running(container) and _head_ready(snapshot):
         yield Finding(
             what,
             "cannot reach the head's GCS although the head is ready: a NetworkPolicy, DNS or a differing "

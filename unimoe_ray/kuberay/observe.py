@@ -99,9 +99,13 @@ def containers(pod: Document) -> list[dict[str, Any]]:
     return [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
 
 
+def running(container: dict[str, Any]) -> bool:
+    return "running" in (container.get("state") or {})
+
+
 def crash(container: dict[str, Any]) -> dict[str, Any] | None:
     """How a container last ended, if badly: ``{exitCode, reason, ...}``."""
-    if container.get("ready") and (container.get("state") or {}).get("running"):
+    if container.get("ready") and running(container):
         return None  # It has recovered.
     for state in (container.get("state") or {}, container.get("lastState") or {}):
         ended = state.get("terminated")
@@ -115,7 +119,7 @@ def _crash_logs(cluster: Cluster, pod: Document) -> list[tuple[str, str, list[st
     ref, found = Ref.of(pod, cluster.namespace), []
     for container in containers(pod):
         ended_now = (container.get("state") or {}).get("terminated")
-        waits = container["name"] == WAIT_FOR_HEAD and (container.get("state") or {}).get("running")
+        waits = container["name"] == WAIT_FOR_HEAD and running(container)
         if crash(container) is None and not waits:
             continue
         try:

@@ -102,6 +102,7 @@ def _states(
                     return
         except Expired:
             version = ""
+            time.sleep(min(cluster.patience.first_pause_s, max(0.0, deadline - time.monotonic())))
         except (Unreachable, ApiError) as error:
             if isinstance(error, ApiError) and error.status < 500 and error.status != 429:
                 raise
