@@ -100,16 +100,16 @@ class Ref:
         return replace(self, name=name)
 
 
+def rank(api_version: str, kind: str) -> int:
+    """The place of a kind in the order of applying."""
+    if kind in LAST and api_version.startswith("ray.io/"):
+        return len(ORDER) + 1 + LAST.index(kind)
+    return ORDER.index(kind) if kind in ORDER else len(ORDER)
+
+
 def in_order(documents: list[Document]) -> list[Document]:
     """As they are to be applied; those of one kind keep their order."""
-
-    def rank(document: Document) -> int:
-        kind = document["kind"]
-        if kind in LAST and document["apiVersion"].startswith("ray.io/"):
-            return len(ORDER) + 1 + LAST.index(kind)
-        return ORDER.index(kind) if kind in ORDER else len(ORDER)
-
-    return sorted(documents, key=rank)
+    return sorted(documents, key=lambda document: rank(document["apiVersion"], document["kind"]))
 
 
 def read(source: str) -> list[Document]:
