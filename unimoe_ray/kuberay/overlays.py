@@ -12,6 +12,8 @@ from unimoe_ray.errors import UsageError
 VOLUME = "/unimoe"
 API_KEYS_FILE = "/etc/unimoe/api-keys/keys"
 RANKS_PER_CPU_POD = 2
+# Ends the name of the queue that nothing leaves: what is in it waits to be started by name.
+HELD = "-held"
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,29 @@ OVERLAYS = {
     overlay.name: overlay
     for overlay in (
         Overlay("cpu-mini", "nodes without GPUs, down to one machine (kind, minikube)", "mini"),
-        Overlay("gpu", "encoders on small GPUs, language model and training on large ones", "uni-moe-7b-4e",
-                gpu=True, incremental=True),  # fmt: skip
-        Overlay("gpu-spot", "as gpu, with workers on spot nodes and heads on demand", "uni-moe-7b-4e",
-                gpu=True, spot=True, incremental=True),  # fmt: skip
-        Overlay("kueue", "as gpu, with jobs of fixed size that wait in a queue of Kueue", "uni-moe-7b-4e",
-                gpu=True, queued=True, incremental=True),  # fmt: skip
+        Overlay(
+            "gpu",
+            "encoders on small GPUs, language model and training on large ones",
+            "uni-moe-7b-4e",
+            gpu=True,
+            incremental=True,
+        ),  # fmt: skip
+        Overlay(
+            "gpu-spot",
+            "as gpu, with workers on spot nodes and heads on demand",
+            "uni-moe-7b-4e",
+            gpu=True,
+            spot=True,
+            incremental=True,
+        ),  # fmt: skip
+        Overlay(
+            "kueue",
+            "as gpu, with jobs of fixed size that wait in a queue of Kueue",
+            "uni-moe-7b-4e",
+            gpu=True,
+            queued=True,
+            incremental=True,
+        ),  # fmt: skip
     )
 }
 

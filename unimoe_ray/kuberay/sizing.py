@@ -215,9 +215,7 @@ def _arithmetic(runs: list[tuple[int, Need]], base: list[Term], objects: float, 
     return f"{' + '.join([*parts, f'objects {objects:g}'])} = {total:g} GiB"
 
 
-def _placement(
-    config: Config, sizes: Sizes, language: Need, train: Need, node: NodeConfig, on_gpu: bool
-) -> list[str]:
+def _placement(config: Config, sizes: Sizes, language: Need, train: Need, node: NodeConfig, on_gpu: bool) -> list[str]:
     """Where the experts are, for training and for the endpoint, and what it would take where they do not fit."""
     slots = config.model.moe.slots
     if not on_gpu:

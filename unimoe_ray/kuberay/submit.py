@@ -16,6 +16,7 @@ from unimoe_ray.kuberay.cluster_commands import cluster_of, documents_of, show_c
 from unimoe_ray.kuberay.conditions import check_for, ray_job
 from unimoe_ray.kuberay.documents import Document, Ref
 from unimoe_ray.kuberay.observe import QUEUE, labels, pods_of, role
+from unimoe_ray.kuberay.overlays import HELD
 from unimoe_ray.kuberay.wait import wait, wait_deleted
 
 # A log is complete a moment after its job.
@@ -62,9 +63,11 @@ def choose(documents: list[Document], name: str, source: str) -> Document:
 
 
 def started(document: Document) -> Document:
-    """Not suspended, except where a queue decides when."""
-    if QUEUE in labels(document):
-        return document
+    """Not suspended; where a queue decides when, out of the one that holds it."""
+    queue = labels(document).get(QUEUE)
+    if queue is not None:
+        marks = labels(document) | {QUEUE: queue.removesuffix(HELD)}
+        return document | {"metadata": document["metadata"] | {"labels": marks}}
     return document | {"spec": document["spec"] | {"suspend": False}}
 
 

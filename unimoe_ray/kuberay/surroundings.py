@@ -1,14 +1,14 @@
-"""What the Ray resources need around them: namespace, account, network, Redis, volume, configuration, monitoring, queue."""
+"""What the Ray resources need around them: namespace, account, network, Redis, volume, configuration, alerts, queue."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from unimoe_ray.config import Config, dump
-from unimoe_ray.kuberay.overlays import Overlay
+from unimoe_ray.kuberay.overlays import HELD, Overlay
 from unimoe_ray.kuberay.pods import ACCOUNT, CLAIM, CONTAINER_SECURITY, pod_security, resource_name
 from unimoe_ray.kuberay.sizing import Plan
-from unimoe_ray.kuberay.workloads import HELD, REDIS
+from unimoe_ray.kuberay.workloads import REDIS
 
 Document = dict[str, Any]
 REDIS_IMAGE, REDIS_PORT, REDIS_USER = "redis:7.4-alpine", 6379, 999
@@ -38,7 +38,10 @@ def of_run(config: Config, plan: Plan) -> dict[str, list[Document]]:
         "metadata": _metadata(resource_name(config, "config"), space),
         "data": {"config.yaml": dump(config)},
     }
-    claim: Document = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": f"{plan.storage_gib}Gi"}}}
+    claim: Document = {
+        "accessModes": ["ReadWriteMany"],
+        "resources": {"requests": {"storage": f"{plan.storage_gib}Gi"}},
+    }
     if config.kubernetes.storage_class:
         claim["storageClassName"] = config.kubernetes.storage_class
     volume = {
@@ -116,7 +119,10 @@ def _network(config: Config) -> list[Document]:
     ours = {"podSelector": {"matchLabels": OURS}}
     endpoint = {"matchLabels": OURS | {COMPONENT: "endpoint"}}
     redis = {"matchLabels": OURS | {COMPONENT: "redis"}}
-    not_redis = {"matchLabels": OURS, "matchExpressions": [{"key": COMPONENT, "operator": "NotIn", "values": ["redis"]}]}
+    not_redis = {
+        "matchLabels": OURS,
+        "matchExpressions": [{"key": COMPONENT, "operator": "NotIn", "values": ["redis"]}],
+    }
     heads = {"podSelector": {"matchExpressions": [
         {"key": "ray.io/node-type", "operator": "In", "values": ["head", "redis-cleanup"]}
     ]}}  # fmt: skip

@@ -30,7 +30,7 @@ from unimoe_ray.kuberay.models import (
     SubmitterConfig,
     WorkerGroup,
 )
-from unimoe_ray.kuberay.overlays import Overlay
+from unimoe_ray.kuberay.overlays import HELD, Overlay
 from unimoe_ray.kuberay.pods import (
     CONFIG_FOLDER,
     CONTAINER_SECURITY,
@@ -43,7 +43,6 @@ from unimoe_ray.kuberay.sizing import AUTOSCALER_CPUS, AUTOSCALER_GIB, ENCODERS,
 
 REDIS = "unimoe-redis"
 QUEUE = "kueue.x-k8s.io/queue-name"
-HELD = "-held"  # ends the name of the queue out of which nothing is started
 ROLE, MODALITY = "unimoe.io/role", "unimoe.io/modality"
 IDLE_S = {"train": 300, "encode": 60, "language": 600, "image": 300, "speech": 300, "audio": 300}
 # The drivers of these read the model on the head.
@@ -99,7 +98,7 @@ def endpoint(config: Config, overlay: Overlay, plan: Plan) -> RayService:
         ray_cluster_deletion_delay_seconds=plan.stream_s,
         ray_cluster_config=cluster,
     )
-    return RayService(metadata=_metadata(config, overlay, "endpoint"), spec=spec)
+    return RayService(metadata=_metadata(config, overlay, "endpoint", "endpoint"), spec=spec)
 
 
 def _metadata(config: Config, overlay: Overlay, component: str, *parts: str, queued: bool = False) -> dict[str, Any]:
@@ -191,7 +190,7 @@ def _serve_config(config: Config) -> dict[str, Any]:
 
 
 def _upgrade(config: Config, overlay: Overlay) -> ServiceUpgradeStrategy:
-    """A new cluster beside the old one. Incremental: traffic moves in steps, and the old one shrinks as the new grows."""
+    """A new cluster beside the old one. Incremental: traffic moves in steps, the old one shrinks as the new grows."""
     if not overlay.incremental:
         return ServiceUpgradeStrategy(type="NewCluster")
     options = ClusterUpgradeOptions(
