@@ -113,12 +113,8 @@ def _group_problems(group: Group, path: Path, has_v2: bool) -> Iterator[Problem]
 
 
 def _worker_problems(group: WorkerGroup, path: Path, scales: bool, has_v2: bool) -> Iterator[Problem]:
-    low, high = group.min_replicas, group.max_replicas
-    for name, value in (
-        ("minReplicas", low),
-        ("maxReplicas", high),
-        ("idleTimeoutSeconds", group.idle_timeout_seconds),
-    ):
+    low, high, idle = group.min_replicas, group.max_replicas, group.idle_timeout_seconds
+    for name, value in (("minReplicas", low), ("maxReplicas", high), ("idleTimeoutSeconds", idle)):
         if value is not None and value < 0:
             yield problem((*path, name), f"is {value}; must be from 0")
     if low is not None and high is not None and low > high:
