@@ -41,7 +41,7 @@ SERVED = {
         "persistentvolumeclaims": ("PersistentVolumeClaim", True),
         "events": ("Event", True),
     },
-    "apps/v1": {"deployments": ("Deployment", True)},
+    "apps/v1": {"deployments": ("Deployment", True), "statefulsets": ("StatefulSet", True)},
     "batch/v1": {"jobs": ("Job", True)},
     "networking.k8s.io/v1": {"networkpolicies": ("NetworkPolicy", True)},
     "policy/v1": {"poddisruptionbudgets": ("PodDisruptionBudget", True)},

@@ -65,8 +65,8 @@ def lines(changes) -> list[str]:
     return [str(change) for change in changes]
 
 
-def clear(cluster: Cluster, documents) -> None:
-    list(applying.delete(cluster, documents, with_data=True))
+def delete(cluster: Cluster, documents: list[dict], with_data: bool = False) -> list[str]:
+    return lines(applying.delete(cluster, [Ref.of(document, "") for document in documents], with_data))
 
 
 def test_a_whole_overlay(cluster, front):
@@ -99,7 +99,7 @@ def test_a_whole_overlay(cluster, front):
         assert made[1].after["metadata"]["generation"] == 2
         assert cluster.get(Ref.of(documents[2], ""))["spec"]["workerGroupSpecs"][0]["replicas"] == 3
     finally:
-        clear(cluster, documents)
+        delete(cluster, documents, with_data=True)
 
 
 def test_the_stored_object_is_what_was_applied_plus_defaults(real):
@@ -267,7 +267,7 @@ def test_an_error_that_repeats_a_secret_does_not_show_it(cluster, front):
 def test_what_holds_data_stays_unless_told(cluster, front):
     documents = overlay("gone")
     list(applying.apply(cluster, documents))
-    told = list(applying.delete(cluster, documents))
+    told = delete(cluster, documents)
     assert told == [
         "rayservice/gone-service deleted",
         "rayjob/gone-align deleted",
@@ -279,7 +279,7 @@ def test_what_holds_data_stays_unless_told(cluster, front):
         "namespace/unimoe kept (it holds what runs have written; --with-data deletes it)",
     ]
     assert front.get(documents[6]) is not None
-    assert "persistentvolumeclaim/runs deleted" in list(applying.delete(cluster, documents, with_data=True))
+    assert "persistentvolumeclaim/runs deleted" in delete(cluster, documents, with_data=True)
     assert front.get(documents[6]) is None and front.get(documents[7]) is None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from kubernetes import client
 from rich.console import Console
 
 from tests.kubernetes.core_api import CUT, CoreApi, running
@@ -268,19 +269,33 @@ def test_submit_of_the_endpoint_waits_until_it_answers(run, cluster, front, fold
 
 def test_submit_of_a_queued_job_leaves_the_start_to_the_queue(run, cluster, front, folder):
     job = ray_job("mini-align", "team", suspend=True, shutdownAfterJobFinishes=True)
-    job["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "gpus"}
+    job["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "gpus-held"}
     (folder / "all.yaml").write_text(yaml.safe_dump(job))
     front.put({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "team"}})
+    assert run("apply", folder)[0] == 0
+    play_status(cluster, job, jobDeploymentStatus="Suspended")
+    assert run("status")[1].splitlines()[0].startswith("rayjob/mini-align  suspended, waits to be started  ")
     assert run("submit", "align", folder, "--no-follow")[0] == 0
-    assert cluster.get(Ref.of(job, ""))["spec"]["suspend"] is True
+    stored = cluster.get(Ref.of(job, ""))
+    assert stored["spec"]["suspend"] is True
+    assert stored["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "gpus"}
+    out = run("status")[1]
+    assert "! rayjob/mini-align: waits for admission by the queue 'gpus'" in out
+    assert run("apply", folder)[1] == "rayjob/mini-align unchanged (it was started and stays so)\n"
+
+    # The queue admits it. It now owns the field, and is not argued with.
+    patch = {"spec": {"suspend": False}}
+    client.CustomObjectsApi(cluster.api).patch_namespaced_custom_object(
+        "ray.io", "v1", "team", "rayjobs", "mini-align", patch, field_manager="kueue"
+    )
+    assert run("apply", folder)[1] == "rayjob/mini-align unchanged (it was started and stays so)\n"
+    assert cluster.get(Ref.of(job, ""))["spec"]["suspend"] is False
 
 
 def test_submit_of_what_is_not_there(run, folder, kubeconfig):
     code, out, err = run("submit", "algn", folder)
     assert (code, out) == (2, "")
-    assert err == (
-        f"unimoe: 'algn': no Ray resource of that name in {folder}; allowed: mini-align, mini-endpoint, mini-tune\n"
-    )
+    assert err == (f"unimoe: 'algn': no Ray resource of {folder}; allowed: mini-align, mini-endpoint, mini-tune\n")
 
 
 # wait, status, logs

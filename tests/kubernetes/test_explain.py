@@ -109,7 +109,7 @@ def test_nothing_is_wrong(api, cluster):
     [
         (
             'Failed to pull image "registry.example/unimoe:1": rpc error: code = NotFound desc = failed to pull '
-            'and unpack image: failed to resolve reference "registry.example/unimoe:1": registry.example/unimoe:1: not found',
+            'and unpack: failed to resolve reference "registry.example/unimoe:1": registry.example/unimoe:1: not found',
             "the registry has no such image or tag",
         ),
         (

@@ -89,7 +89,7 @@ def test_an_unknown_variant_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2400)
 def test_the_install_steps_make_an_environment_in_which_everything_runs(tmp_path):
     """The steps of the build stage, one after the other, in a clean environment; it has what is pinned, and no more."""
     work = tmp_path / "build"

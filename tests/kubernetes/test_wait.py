@@ -309,6 +309,7 @@ def test_the_limit_holds(core, played):
         ("pvc", {"phase": "Lost"}, "failed", "lost"),
         ("deployment", {"availableReplicas": 1, "updatedReplicas": 2}, "waiting", "1 of 2 replicas available"),
         ("deployment", {"availableReplicas": 2, "updatedReplicas": 2}, "done", "2 of 2 replicas available"),
+        ("statefulset", {"availableReplicas": 2, "updatedReplicas": 1}, "waiting", "2 of 2 replicas available"),
         (
             "deployment",
             {"conditions": [false("Progressing", reason="ProgressDeadlineExceeded")]},

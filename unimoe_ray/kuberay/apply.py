@@ -12,7 +12,7 @@ import yaml
 
 from unimoe_ray.errors import UsageError
 from unimoe_ray.kuberay.client import Cluster
-from unimoe_ray.kuberay.documents import HOLDS_DATA, Document, Ref, in_order
+from unimoe_ray.kuberay.documents import HELD, HOLDS_DATA, QUEUE, Document, Ref, in_order, rank
 from unimoe_ray.kuberay.errors import ApiError
 from unimoe_ray.kuberay.redact import HIDDEN, Redactor, secret_values
 from unimoe_ray.kuberay.validate import validate
@@ -33,6 +33,18 @@ class Change:
 
     def __str__(self) -> str:
         return f"{self.ref} {self.action}" + (f" ({self.note})" if self.note else "")
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What became of an object that was to be deleted."""
+
+    ref: Ref
+    action: Literal["deleted", "kept", "absent"]
+
+    def __str__(self) -> str:
+        words = {"kept": "kept (it holds what runs have written; --with-data deletes it)", "absent": "not there"}
+        return f"{self.ref} {words.get(self.action, self.action)}"
 
 
 def check(documents: list[Document], redactor: Redactor, stored: Document | None = None) -> None:
@@ -85,16 +97,15 @@ def apply(cluster: Cluster, documents: list[Document], force: bool = False) -> I
             yield _apply(cluster, document, cluster.get(ref), force)
 
 
-def delete(cluster: Cluster, documents: list[Document], with_data: bool = False) -> Iterator[str]:
-    """Delete what the documents name, the last applied first; a line for each. What holds data stays unless told."""
-    for document in reversed(in_order(documents)):
-        ref = Ref.of(document, cluster.namespace)
+def delete(cluster: Cluster, refs: list[Ref], with_data: bool = False) -> Iterator[Removal]:
+    """Delete objects, the last applied first. What holds data stays unless told."""
+    for ref in sorted(refs, key=lambda ref: rank(ref.api_version, ref.kind), reverse=True):
         if ref.kind in HOLDS_DATA and not with_data:
-            yield f"{ref} kept (it holds what runs have written; --with-data deletes it)"
-        elif _missing_extension(cluster, ref):
-            yield f"{ref} not there"
+            yield Removal(ref, "kept")
+        elif _missing_extension(cluster, ref) or not cluster.delete(ref):
+            yield Removal(ref, "absent")
         else:
-            yield f"{ref} {'deleted' if cluster.delete(ref) else 'not there'}"
+            yield Removal(ref, "deleted")
 
 
 def difference(change: Change, redactor: Redactor) -> str:
@@ -139,12 +150,16 @@ def _kept(stored: Document, document: Document) -> tuple[Document, list[str]]:
     That is the size that the autoscaler has given to a group, and that a resource which is made suspended has been
     started (by ``submit``, a queue or a person).
     """
-    spec, notes = dict(document.get("spec") or {}), []
+    spec, metadata, notes = dict(document.get("spec") or {}), dict(document["metadata"]), []
     if not document["apiVersion"].startswith("ray.io/"):
         return document, notes
+    queue, queue_now = ((d["metadata"].get("labels") or {}).get(QUEUE, "") for d in (document, stored))
     if spec.get("suspend") and not stored["spec"].get("suspend"):
         spec["suspend"] = False
         notes.append("it was started and stays so")
+    if queue.endswith(HELD) and queue_now == queue.removesuffix(HELD):
+        metadata["labels"] = metadata["labels"] | {QUEUE: queue_now}
+        notes = ["it was started and stays so"]
     if _autoscales(document):
         sizes = {
             group["groupName"]: {key: group[key] for key in ("replicas", "scaleStrategy") if key in group}
@@ -154,7 +169,7 @@ def _kept(stored: Document, document: Document) -> tuple[Document, list[str]]:
         if groups != spec.get("workerGroupSpecs"):
             spec["workerGroupSpecs"] = groups
             notes.append("its autoscaler's number of workers kept")
-    return document | {"spec": spec}, notes
+    return document | {"metadata": metadata, "spec": spec}, notes
 
 
 def _essence(document: Document) -> Document:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import urllib3
 import yaml
@@ -279,8 +280,8 @@ class Cluster:
 
     def _path(self, ref: Ref, collection: bool = False) -> str:
         resource = self.resource(ref)
-        within = f"/namespaces/{ref.namespace}" if resource.namespaced else ""
-        return f"{resource.prefix}{within}/{resource.plural}" + ("" if collection else f"/{ref.name}")
+        within = f"/namespaces/{quote(ref.namespace, safe='')}" if resource.namespaced else ""
+        return f"{resource.prefix}{within}/{resource.plural}" + ("" if collection else f"/{quote(ref.name, safe='')}")
 
     # Requests
 

@@ -50,32 +50,29 @@ def delete(arguments: argparse.Namespace) -> int:
     """Of a folder, file or stdin all that it names; or one object."""
     cluster = cluster_of(arguments)
     if _names_object(arguments.source):
-        ref = Ref.parse(arguments.source, cluster.namespace)
-        named = {"apiVersion": ref.api_version, "kind": ref.kind, "metadata": {"name": ref.name}}
-        if cluster.get(ref) is None:
-            raise UnimoeError(f"{ref} not found in namespace {ref.namespace}")
-        documents = [named]
+        refs = [Ref.parse(arguments.source, cluster.namespace)]
+        _existing(cluster, refs[0])
     else:
         documents = documents_of(arguments.source, arguments.namespace)
-    for line in applying.delete(cluster, documents, arguments.with_data):
-        print(line, flush=True)
-        if arguments.wait and line.endswith(" deleted"):
-            document = next(d for d in documents if str(Ref.of(d, cluster.namespace)) == line.split()[0])
-            with Progress(Console(stderr=True), line.split()[0]) as progress:
-                wait_deleted(
-                    cluster, Ref.of(document, cluster.namespace), arguments.timeout, lambda text, _: progress.show(text)
-                )
+        refs = [Ref.of(document, cluster.namespace) for document in documents]
+    for removal in applying.delete(cluster, refs, arguments.with_data):
+        print(removal, flush=True)
+        if arguments.wait and removal.action == "deleted":
+            _wait_deleted(cluster, removal.ref, arguments.timeout)
     return 0
+
+
+def _wait_deleted(cluster: Cluster, ref: Ref, limit_s: float) -> None:
+    with Progress(Console(stderr=True), str(ref)) as progress:
+        wait_deleted(cluster, ref, limit_s, lambda line, _: progress.show(line))
 
 
 def wait(arguments: argparse.Namespace) -> int:
     """Until an object is ready, has a condition, or is gone; else the reasons, and exit code 1."""
     cluster = cluster_of(arguments)
     ref = Ref.parse(arguments.object, cluster.namespace)
-    console = Console(stderr=True)
     if arguments.goal == "delete":
-        with Progress(console, str(ref)) as progress:
-            wait_deleted(cluster, ref, arguments.timeout, lambda line, _: progress.show(line))
+        _wait_deleted(cluster, ref, arguments.timeout)
         print(f"{ref} is gone")
         return 0
     check = check_for(ref, arguments.goal)

@@ -75,7 +75,7 @@ def ray_cluster(document: Document) -> Verdict:
         return Verdict("waiting", "the operator has not seen the last change yet")
     workers = f"{status.get('readyWorkerReplicas', 0)} of {status.get('desiredWorkerReplicas', 0)} workers ready"
     if is_true(status, "RayClusterSuspended") or status.get("state") == "suspended":
-        return Verdict("waiting", "suspended")
+        return Verdict("waiting", "suspended, waits to be started")
     if is_true(status, "ReplicaFailure"):
         failure = condition(status, "ReplicaFailure")
         return Verdict("waiting", f"pods cannot be created ({failure.get('reason', 'no reason given')}), {workers}")
@@ -105,7 +105,7 @@ def ray_job(document: Document) -> Verdict:
     if deployment == "Retrying":
         return Verdict("waiting", f"failed, is tried again{why}")
     if deployment in ("Suspended", "Suspending"):
-        return Verdict("waiting", "suspended: runs when admitted (spec.suspend=false)")
+        return Verdict("waiting", "suspended, waits to be started")
     if deployment == "Running":
         return Verdict("waiting", f"running ({job or 'job not submitted yet'})")
     if deployment == "Initializing":
@@ -130,7 +130,7 @@ def ray_service(document: Document) -> Verdict:
     if ready.get("reason") in ("ValidationFailed", "InitializingTimeout"):
         return Verdict("failed", f"cannot start{_because(ready)}")
     if is_true(status, "Suspended"):
-        return Verdict("waiting", "suspended")
+        return Verdict("waiting", "suspended, waits to be started")
     endpoints = status.get("numServeEndpoints", 0)
     words = f"{endpoints} endpoint{'' if endpoints == 1 else 's'}"
     if is_true(status, "UpgradeInProgress") or is_true(status, "RollbackInProgress"):
@@ -178,7 +178,8 @@ def _claim(document: Document) -> Verdict:
     return Verdict({"Bound": "done", "Lost": "failed"}.get(phase, "waiting"), phase.lower())
 
 
-def _deployment(document: Document) -> Verdict:
+def _replicas(document: Document) -> Verdict:
+    """Of a Deployment or StatefulSet."""
     status, wanted = document.get("status") or {}, document.get("spec", {}).get("replicas", 1)
     ready, updated = status.get("availableReplicas", 0), status.get("updatedReplicas", 0)
     line = f"{ready} of {wanted} replicas available"
@@ -198,7 +199,8 @@ _READY: dict[str, Check] = {
     "RayService": ray_service,
     "Pod": _pod,
     "Job": _job,
-    "Deployment": _deployment,
+    "Deployment": _replicas,
+    "StatefulSet": _replicas,
     "PersistentVolumeClaim": _claim,
     "Namespace": _namespace,
 }

@@ -13,6 +13,10 @@ from unimoe_ray.errors import UsageError
 
 Document = dict[str, Any]
 RAY = "ray.io/v1"
+QUEUE = "kueue.x-k8s.io/queue-name"  # a label
+HELD = "-held"  # ends the name of the queue out of which nothing is started
+# Ten times as quick where libyaml is there; both make plain data only.
+_LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
 # What others need comes first; what is not listed goes before ray.io's.
 ORDER = (
@@ -46,6 +50,7 @@ KINDS = {
     "pod": ("v1", "Pod"),
     "job": ("batch/v1", "Job"),
     "deployment": ("apps/v1", "Deployment"),
+    "statefulset": ("apps/v1", "StatefulSet"),
     "pvc": ("v1", "PersistentVolumeClaim"),
     "persistentvolumeclaim": ("v1", "PersistentVolumeClaim"),
     "namespace": ("v1", "Namespace"),
@@ -95,16 +100,16 @@ class Ref:
         return replace(self, name=name)
 
 
+def rank(api_version: str, kind: str) -> int:
+    """The place of a kind in the order of applying."""
+    if kind in LAST and api_version.startswith("ray.io/"):
+        return len(ORDER) + 1 + LAST.index(kind)
+    return ORDER.index(kind) if kind in ORDER else len(ORDER)
+
+
 def in_order(documents: list[Document]) -> list[Document]:
     """As they are to be applied; those of one kind keep their order."""
-
-    def rank(document: Document) -> int:
-        kind = document["kind"]
-        if kind in LAST and document["apiVersion"].startswith("ray.io/"):
-            return len(ORDER) + 1 + LAST.index(kind)
-        return ORDER.index(kind) if kind in ORDER else len(ORDER)
-
-    return sorted(documents, key=rank)
+    return sorted(documents, key=lambda document: rank(document["apiVersion"], document["kind"]))
 
 
 def read(source: str) -> list[Document]:
@@ -137,7 +142,7 @@ def read_file(path: Path) -> list[Document]:
 def parse(text: str, where: str) -> list[Document]:
     """The documents of a text, Lists taken apart; ``where`` it is from, for errors."""
     try:
-        loaded = [document for document in yaml.safe_load_all(text) if document is not None]
+        loaded = [document for document in yaml.load_all(text, Loader=_LOADER) if document is not None]
     except yaml.YAMLError as error:
         raise UsageError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
     documents: list[Document] = []

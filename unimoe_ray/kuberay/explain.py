@@ -12,9 +12,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from unimoe_ray.kuberay.conditions import check_for, condition, is_true
-from unimoe_ray.kuberay.documents import Document, Ref
+from unimoe_ray.kuberay.documents import HELD, QUEUE, Document, Ref
 from unimoe_ray.kuberay.observe import (
-    QUEUE,
     WAIT_FOR_HEAD,
     Snapshot,
     containers,
@@ -122,7 +121,8 @@ def _is_ray(document: Document) -> bool:
 
 
 def _waits_for_queue(document: Document) -> str:
-    return labels(document).get(QUEUE, "") if document.get("spec", {}).get("suspend") else ""
+    queue = labels(document).get(QUEUE, "") if document.get("spec", {}).get("suspend") else ""
+    return "" if queue.endswith(HELD) else queue  # Nobody has started it yet.
 
 
 def _queue_reason(snapshot: Snapshot) -> str:

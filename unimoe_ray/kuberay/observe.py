@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unimoe_ray.kuberay.client import Cluster
-from unimoe_ray.kuberay.documents import Document, Ref
+from unimoe_ray.kuberay.documents import QUEUE, Document, Ref
 from unimoe_ray.kuberay.errors import ApiError
 
 LOG_LINES = 5
 WAIT_FOR_HEAD = "wait-gcs-ready"  # KubeRay's first container of a worker
-QUEUE = "kueue.x-k8s.io/queue-name"
 
 
 @dataclass(frozen=True)

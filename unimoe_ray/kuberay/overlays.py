@@ -12,8 +12,6 @@ from unimoe_ray.errors import UsageError
 VOLUME = "/unimoe"
 API_KEYS_FILE = "/etc/unimoe/api-keys/keys"
 RANKS_PER_CPU_POD = 2
-# Ends the name of the queue that nothing leaves: what is in it waits to be started by name.
-HELD = "-held"
 
 
 @dataclass(frozen=True)

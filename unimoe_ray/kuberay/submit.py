@@ -14,9 +14,8 @@ from unimoe_ray.kuberay.apply import plan
 from unimoe_ray.kuberay.client import Cluster
 from unimoe_ray.kuberay.cluster_commands import cluster_of, documents_of, show_changes, wait_explained
 from unimoe_ray.kuberay.conditions import check_for, ray_job
-from unimoe_ray.kuberay.documents import Document, Ref
-from unimoe_ray.kuberay.observe import QUEUE, labels, pods_of, role
-from unimoe_ray.kuberay.overlays import HELD
+from unimoe_ray.kuberay.documents import HELD, QUEUE, Document, Ref
+from unimoe_ray.kuberay.observe import labels, pods_of, role
 from unimoe_ray.kuberay.wait import wait, wait_deleted
 
 # A log is complete a moment after its job.
@@ -49,26 +48,26 @@ def submit(arguments: argparse.Namespace) -> int:
 
 
 def choose(documents: list[Document], name: str, source: str) -> Document:
-    """The Ray resource of that name; the part after the last dash is enough. Raises UsageError."""
+    """The Ray resource of that name, of which the end will do, or of that component (endpoint). Raises UsageError."""
     known = {d["metadata"]["name"]: d for d in documents if d["apiVersion"].startswith("ray.io/")}
-    found = [d for full, d in known.items() if name == full] or [
-        d for full, d in known.items() if full.endswith(f"-{name}")
-    ]
+    found = (
+        [d for full, d in known.items() if full == name]
+        or [d for full, d in known.items() if full.endswith(f"-{name}")]
+        or [d for d in known.values() if labels(d).get("app.kubernetes.io/component") == name]
+    )
     if len(found) != 1:
-        problem = "more than one" if found else "no"
-        raise UsageError(
-            f"{name!r}: {problem} Ray resource of that name in {source}; allowed: {', '.join(sorted(known))}"
-        )
+        names = ", ".join(sorted(known))
+        raise UsageError(f"{name!r}: {'more than one' if found else 'no'} Ray resource of {source}; allowed: {names}")
     return found[0]
 
 
 def started(document: Document) -> Document:
-    """Not suspended; where a queue decides when, out of the one that holds it."""
+    """Not suspended; or, where a queue decides when, moved from the queue that holds to the one that admits."""
     queue = labels(document).get(QUEUE)
-    if queue is not None:
-        marks = labels(document) | {QUEUE: queue.removesuffix(HELD)}
-        return document | {"metadata": document["metadata"] | {"labels": marks}}
-    return document | {"spec": document["spec"] | {"suspend": False}}
+    if queue is None:
+        return document | {"spec": document["spec"] | {"suspend": False}}
+    marks = labels(document) | {QUEUE: queue.removesuffix(HELD)}
+    return document | {"metadata": document["metadata"] | {"labels": marks}}
 
 
 def _make_room(cluster: Cluster, ref: Ref, limit_s: float) -> None:
@@ -113,7 +112,8 @@ def _output(cluster: Cluster) -> Iterator[Callable[[Document | None], None]]:
             return
         for pod in pods_of(cluster, document):
             name = pod["metadata"]["name"]
-            if role(pod) == "submitter" and name not in threads:
+            leaving = "deletionTimestamp" in pod["metadata"]  # of a job that this one replaces
+            if role(pod) == "submitter" and not leaving and name not in threads:
                 where = Ref.of(pod, cluster.namespace), pod_logs.main_container(pod)
                 threads[name] = threading.Thread(target=_print_log, args=(cluster, *where, stop), daemon=True)
                 threads[name].start()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from unimoe_ray.config import Config, dump
-from unimoe_ray.kuberay.overlays import HELD, Overlay
+from unimoe_ray.kuberay.documents import HELD
+from unimoe_ray.kuberay.overlays import Overlay
 from unimoe_ray.kuberay.pods import ACCOUNT, CLAIM, CONTAINER_SECURITY, pod_security, resource_name
 from unimoe_ray.kuberay.sizing import Plan
 from unimoe_ray.kuberay.workloads import REDIS

@@ -12,6 +12,7 @@ import yaml
 
 from unimoe_ray.config import Config
 from unimoe_ray.config.serve_options import serve_config
+from unimoe_ray.kuberay.documents import HELD, QUEUE
 from unimoe_ray.kuberay.models import (
     AuthOptions,
     AutoscalerOptions,
@@ -30,7 +31,7 @@ from unimoe_ray.kuberay.models import (
     SubmitterConfig,
     WorkerGroup,
 )
-from unimoe_ray.kuberay.overlays import HELD, Overlay
+from unimoe_ray.kuberay.overlays import Overlay
 from unimoe_ray.kuberay.pods import (
     CONFIG_FOLDER,
     CONTAINER_SECURITY,
@@ -42,7 +43,6 @@ from unimoe_ray.kuberay.pods import (
 from unimoe_ray.kuberay.sizing import AUTOSCALER_CPUS, AUTOSCALER_GIB, ENCODERS, Plan, Pod
 
 REDIS = "unimoe-redis"
-QUEUE = "kueue.x-k8s.io/queue-name"
 ROLE, MODALITY = "unimoe.io/role", "unimoe.io/modality"
 IDLE_S = {"train": 300, "encode": 60, "language": 600, "image": 300, "speech": 300, "audio": 300}
 # The drivers of these read the model on the head.
