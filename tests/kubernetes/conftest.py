@@ -1,4 +1,4 @@
-"""A real API server for custom resources, with KubeRay's: one for the whole session. It runs no pods and has no core kinds.
+"""A real API server for KubeRay's custom resources, one for the whole session. It runs no pods, has no core kinds.
 
 The folder of its programs is that of UNIMOE_KUBERAY_TOOLS, else ``../shared/tools`` beside the repository; the custom
 resource definitions lie in ``kuberay-crds`` beside that folder.
@@ -68,7 +68,7 @@ class ApiServer:
 
 @pytest.fixture(scope="session")
 def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    """KubeRay's RayCluster, RayJob and RayService on a real API server, empty at first, with every namespace allowed."""
+    """KubeRay's RayCluster, RayJob and RayService on a real API server: empty at first, any namespace will do."""
     folder = tmp_path_factory.mktemp("kuberay-crds")
     for name in CRDS:  # Only these: each takes the server seconds to compile and a hundred MiB.
         (folder / f"ray.io_{name}.yaml").symlink_to(crds() / f"ray.io_{name}.yaml")

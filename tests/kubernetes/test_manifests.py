@@ -20,6 +20,7 @@ from unimoe_ray.kuberay.models import KINDS
 from unimoe_ray.kuberay.overlays import OVERLAYS, in_cluster
 from unimoe_ray.kuberay.render import render, write
 from unimoe_ray.kuberay.sizing import plan
+from unimoe_ray.kuberay.submit import started
 from unimoe_ray.parameter_table import Sizes, count_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,7 +92,14 @@ def test_every_overlay_has_a_cluster_a_job_for_each_stage_and_the_endpoint(overl
     assert all((ROOT / f"{module.replace('.', '/')}.py").is_file() for module in jobs)
     assert len(of_kind(overlay, "RayCluster")) == len(of_kind(overlay, "RayService")) == 1
     kinds = {document["kind"] for document in built(overlay)}
-    wanted = {"Namespace", "ServiceAccount", "PersistentVolumeClaim", "ConfigMap", "NetworkPolicy", "PodDisruptionBudget"}
+    wanted = {
+        "Namespace",
+        "ServiceAccount",
+        "PersistentVolumeClaim",
+        "ConfigMap",
+        "NetworkPolicy",
+        "PodDisruptionBudget",
+    }
     assert wanted <= kinds
     if OVERLAYS[overlay].gpu:
         assert {"PodMonitor", "PrometheusRule"} <= kinds
@@ -319,8 +327,12 @@ def test_jobs_of_the_queue_have_a_fixed_size_and_wait_in_a_queue_that_holds_them
         assert document["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "unimoe-held"
         cluster = document["spec"].get("rayClusterSpec") or document["spec"]
         assert all(g["minReplicas"] == g["replicas"] == g["maxReplicas"] for g in cluster["workerGroupSpecs"])
+        # Started, it moves to the queue that lets it go; Kueue then ends the suspension.
+        after = started(document)
+        assert after["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "unimoe" and after["spec"]["suspend"]
     (endpoint,) = of_kind("kueue", "RayService")
     assert "kueue.x-k8s.io/queue-name" not in endpoint["metadata"]["labels"]
+    assert started(endpoint)["spec"]["suspend"] is False
 
 
 def test_alerts_are_about_metrics_that_exist():
@@ -363,7 +375,7 @@ def test_rendering_another_configuration(tmp_path, api_server):
     done = api_server.kubectl("kustomize", tmp_path / "overlays/cpu-mini")
     documents = list(yaml.safe_load_all(done.stdout))
     service = next(document for document in documents if document["kind"] == "RayService")
-    assert service["metadata"]["name"] == "run-7-try-of-a-run" and service["metadata"]["namespace"] == "mine"
+    assert service["metadata"]["name"] == "run-7-try-of-a-run-endpoint" and service["metadata"]["namespace"] == "mine"
     assert api_server.create(service)[0] == 201
     (head, *workers) = [pod for _, pod in pods(service)]
     for pod in (head, *workers):

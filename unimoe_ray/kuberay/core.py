@@ -1,7 +1,8 @@
 """Documents of Kubernetes' own kinds, checked offline against the types of the ``kubernetes`` package.
 
 Those types are generated from the API's OpenAPI description; unlike the package's own readers this one refuses what a
-strict API server refuses: unknown fields, wrong types, missing fields, quantities that are none. A field that is null counts as left out.
+strict API server refuses: unknown fields, wrong types, missing fields, quantities that are none. A field that is null
+counts as left out.
 """
 
 from __future__ import annotations

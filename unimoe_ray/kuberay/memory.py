@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from unimoe_ray.config import Config
-from unimoe_ray.parameter_table import Sizes
+
+if TYPE_CHECKING:
+    from unimoe_ray.parameter_table import Sizes  # It would load torch.
 
 GIB = 2**30
 # Of one of our processes with its imports: 0.48 GiB resident without a GPU, measured; CUDA's libraries come on top.

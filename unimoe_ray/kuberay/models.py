@@ -1,8 +1,8 @@
 """KubeRay 1.7's resources as typed models: RayCluster, RayJob and RayService of ``ray.io/v1``, field for field.
 
-What belongs to Kubernetes itself (pod templates, environment variables, ...) stays plain data, marked with the type that
-``core.py`` checks it against. Only what the custom resource definitions say is in here; rules of the operator are in
-``rules.py``.
+What belongs to Kubernetes itself (pod templates, environment variables, ...) stays plain data, marked with the type
+that ``core.py`` checks it against. Only what the custom resource definitions say is in here; rules of the operator are
+in ``rules.py``.
 """
 
 from __future__ import annotations

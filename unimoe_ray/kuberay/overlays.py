@@ -38,12 +38,29 @@ OVERLAYS = {
     overlay.name: overlay
     for overlay in (
         Overlay("cpu-mini", "nodes without GPUs, down to one machine (kind, minikube)", "mini"),
-        Overlay("gpu", "encoders on small GPUs, language model and training on large ones", "uni-moe-7b-4e",
-                gpu=True, incremental=True),  # fmt: skip
-        Overlay("gpu-spot", "as gpu, with workers on spot nodes and heads on demand", "uni-moe-7b-4e",
-                gpu=True, spot=True, incremental=True),  # fmt: skip
-        Overlay("kueue", "as gpu, with jobs of fixed size that wait in a queue of Kueue", "uni-moe-7b-4e",
-                gpu=True, queued=True, incremental=True),  # fmt: skip
+        Overlay(
+            "gpu",
+            "encoders on small GPUs, language model and training on large ones",
+            "uni-moe-7b-4e",
+            gpu=True,
+            incremental=True,
+        ),  # fmt: skip
+        Overlay(
+            "gpu-spot",
+            "as gpu, with workers on spot nodes and heads on demand",
+            "uni-moe-7b-4e",
+            gpu=True,
+            spot=True,
+            incremental=True,
+        ),  # fmt: skip
+        Overlay(
+            "kueue",
+            "as gpu, with jobs of fixed size that wait in a queue of Kueue",
+            "uni-moe-7b-4e",
+            gpu=True,
+            queued=True,
+            incremental=True,
+        ),  # fmt: skip
     )
 }
 

@@ -242,7 +242,11 @@ def _placement(config: Config, overlay: Overlay, pod: Pod, serves: bool, is_head
             for key in ("topology.kubernetes.io/zone", "kubernetes.io/hostname")
         ]
     elif pod.name == "train" and overlay.gpu:
-        near = {"topologyKey": "topology.kubernetes.io/zone", "labelSelector": group, "matchLabelKeys": ["ray.io/cluster"]}
+        near = {
+            "topologyKey": "topology.kubernetes.io/zone",
+            "labelSelector": group,
+            "matchLabelKeys": ["ray.io/cluster"],
+        }
         preferred = [{"weight": 100, "podAffinityTerm": near}]
         result["affinity"] = {"podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}}
     return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -16,7 +16,9 @@ from unimoe_ray.kuberay.overlays import Overlay, in_cluster
 from unimoe_ray.kuberay.sizing import Plan, plan
 from unimoe_ray.kuberay.validate import validate
 from unimoe_ray.kuberay.workloads import ray_resources
-from unimoe_ray.parameter_table import Sizes
+
+if TYPE_CHECKING:
+    from unimoe_ray.parameter_table import Sizes  # It would load torch.
 
 Document = dict[str, Any]
 Files = dict[str, str]

@@ -113,13 +113,13 @@ def _group_problems(group: Group, path: Path, has_v2: bool) -> Iterator[Problem]
 
 
 def _worker_problems(group: WorkerGroup, path: Path, scales: bool, has_v2: bool) -> Iterator[Problem]:
-    low, high = group.min_replicas, group.max_replicas
-    for name, value in (("minReplicas", low), ("maxReplicas", high), ("idleTimeoutSeconds", group.idle_timeout_seconds)):
+    low, high, idle = group.min_replicas, group.max_replicas, group.idle_timeout_seconds
+    for name, value in (("minReplicas", low), ("maxReplicas", high), ("idleTimeoutSeconds", idle)):
         if value is not None and value < 0:
             yield problem((*path, name), f"is {value}; must be from 0")
     if low is not None and high is not None and low > high:
         yield problem((*path, "minReplicas"), f"is {low}, above maxReplicas, {high}")
-    if group.idle_timeout_seconds is not None and not has_v2:
+    if idle is not None and not has_v2:
         yield problem((*path, "idleTimeoutSeconds"), "needs autoscalerOptions.version: v2")
     if scales and group.suspend:
         yield problem((*path, "suspend"), "is not possible with enableInTreeAutoscaling")
@@ -204,7 +204,9 @@ def _service_problems(spec: RayServiceSpec, path: Path) -> Iterator[Problem]:
     if not 0 <= surge <= 100:
         yield problem((*at, "maxSurgePercent"), f"is {surge}; allowed: 0 to 100")
     if not 0 <= options.step_size_percent <= min(surge, 100):
-        yield problem((*at, "stepSizePercent"), f"is {options.step_size_percent}; allowed: 0 to maxSurgePercent, {surge}")
+        yield problem(
+            (*at, "stepSizePercent"), f"is {options.step_size_percent}; allowed: 0 to maxSurgePercent, {surge}"
+        )
     if options.interval_seconds <= 0:
         yield problem((*at, "intervalSeconds"), f"is {options.interval_seconds}; must be above 0")
 

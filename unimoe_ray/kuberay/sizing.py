@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from unimoe_ray.config import Config
 from unimoe_ray.config.kubernetes import NodeConfig
 from unimoe_ray.kuberay import memory
 from unimoe_ray.kuberay.memory import Need, Term
 from unimoe_ray.kuberay.overlays import RANKS_PER_CPU_POD, Overlay
-from unimoe_ray.parameter_table import Sizes
+
+if TYPE_CHECKING:
+    from unimoe_ray.parameter_table import Sizes  # It would load torch.
 
 ENCODERS = ("image", "speech", "audio")
 DATA_CPUS = 2  # for Ray Data beside the ranks of a pod
@@ -215,9 +218,7 @@ def _arithmetic(runs: list[tuple[int, Need]], base: list[Term], objects: float, 
     return f"{' + '.join([*parts, f'objects {objects:g}'])} = {total:g} GiB"
 
 
-def _placement(
-    config: Config, sizes: Sizes, language: Need, train: Need, node: NodeConfig, on_gpu: bool
-) -> list[str]:
+def _placement(config: Config, sizes: Sizes, language: Need, train: Need, node: NodeConfig, on_gpu: bool) -> list[str]:
     """Where the experts are, for training and for the endpoint, and what it would take where they do not fit."""
     slots = config.model.moe.slots
     if not on_gpu:

@@ -1,4 +1,4 @@
-"""What the Ray resources need around them: namespace, account, network, Redis, volume, configuration, monitoring, queue."""
+"""What the Ray resources need around them: namespace, account, network, Redis, volume, configuration, alerts, queue."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ def of_run(config: Config, plan: Plan) -> dict[str, list[Document]]:
         "metadata": _metadata(resource_name(config, "config"), space),
         "data": {"config.yaml": dump(config)},
     }
-    claim: Document = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": f"{plan.storage_gib}Gi"}}}
+    claim: Document = {
+        "accessModes": ["ReadWriteMany"],
+        "resources": {"requests": {"storage": f"{plan.storage_gib}Gi"}},
+    }
     if config.kubernetes.storage_class:
         claim["storageClassName"] = config.kubernetes.storage_class
     volume = {
@@ -117,7 +120,10 @@ def _network(config: Config) -> list[Document]:
     ours = {"podSelector": {"matchLabels": OURS}}
     endpoint = {"matchLabels": OURS | {COMPONENT: "endpoint"}}
     redis = {"matchLabels": OURS | {COMPONENT: "redis"}}
-    not_redis = {"matchLabels": OURS, "matchExpressions": [{"key": COMPONENT, "operator": "NotIn", "values": ["redis"]}]}
+    not_redis = {
+        "matchLabels": OURS,
+        "matchExpressions": [{"key": COMPONENT, "operator": "NotIn", "values": ["redis"]}],
+    }
     heads = {"podSelector": {"matchExpressions": [
         {"key": "ray.io/node-type", "operator": "In", "values": ["head", "redis-cleanup"]}
     ]}}  # fmt: skip

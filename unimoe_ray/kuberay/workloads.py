@@ -98,7 +98,7 @@ def endpoint(config: Config, overlay: Overlay, plan: Plan) -> RayService:
         ray_cluster_deletion_delay_seconds=plan.stream_s,
         ray_cluster_config=cluster,
     )
-    return RayService(metadata=_metadata(config, overlay, "endpoint"), spec=spec)
+    return RayService(metadata=_metadata(config, overlay, "endpoint", "endpoint"), spec=spec)
 
 
 def _metadata(config: Config, overlay: Overlay, component: str, *parts: str, queued: bool = False) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def _serve_config(config: Config) -> dict[str, Any]:
 
 
 def _upgrade(config: Config, overlay: Overlay) -> ServiceUpgradeStrategy:
-    """A new cluster beside the old one. Incremental: traffic moves in steps, and the old one shrinks as the new grows."""
+    """A new cluster beside the old one. Incremental: traffic moves in steps, the old one shrinks as the new grows."""
     if not overlay.incremental:
         return ServiceUpgradeStrategy(type="NewCluster")
     options = ClusterUpgradeOptions(
