@@ -128,6 +128,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="check this machine and say what to do about each finding")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=_doctor)
+
+    from unimoe_ray.kuberay import commands as kubernetes
+
+    kubernetes.add_to(commands)
     return parser
 
 

@@ -14,7 +14,7 @@ from unimoe_ray.config.model import MODALITIES
 from unimoe_ray.config.training import STAGES
 from unimoe_ray.data.features import TOWER_OF
 from unimoe_ray.model.language import llama_config, pretrained_config
-from unimoe_ray.model.sizes import active_per_token, total
+from unimoe_ray.model.sizes import active_per_token, in_experts, total
 from unimoe_ray.model.unimoe import UniMoE
 from unimoe_ray.towers import TOWERS, sketch_tower
 from unimoe_ray.training.stages import make_trainable
@@ -22,12 +22,14 @@ from unimoe_ray.training.stages import make_trainable
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of parameters. language: all, routers included; active: of the language model, for one token;
-    connectors: by modality, without layers that are another's before it; trained: of each run, by ``<stage>`` or
-    ``<stage>/<run>``."""
+    """Numbers of parameters. language: all, routers included; active: of the language model, for one token; dense: of
+    the language model before stage 3; experts: those of the mixtures; connectors: by modality, without layers that are
+    another's before it; trained: of each run, by ``<stage>`` or ``<stage>/<run>``."""
 
     language: int
     active: int
+    dense: int
+    experts: int
     connectors: dict[str, int]
     towers: dict[str, int]
     trained: dict[str, int]
@@ -45,10 +47,13 @@ def count_parameters(config: Config) -> Sizes:
                 groups = make_trainable(_build(config, llama, dims, sparse=stage == "tune"), run)
                 parameters = sum(parameter.numel() for group in groups for parameter in group.parameters)
                 trained[stage if name == stage else f"{stage}/{name}"] = parameters
+        dense = total(_build(config, llama, dims, sparse=False).language)
         model = _build(config, llama, dims, sparse=True)
     return Sizes(
         language=total(model.language),
         active=active_per_token(model.language),
+        dense=dense,
+        experts=in_experts(model.language),
         connectors=_count_once(model.connectors),
         towers={name: total(tower) for name, tower in towers.items() if isinstance(tower, nn.Module)},
         trained=trained,

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from unimoe_ray.config.base import Strict
 from unimoe_ray.config.data import DataConfig, MiniConfig
+from unimoe_ray.config.kubernetes import KubernetesConfig
 from unimoe_ray.config.model import ModelConfig
 from unimoe_ray.config.placement import PlacementConfig
 from unimoe_ray.config.serving import ServingConfig
@@ -38,6 +39,7 @@ class Config(Strict):
     placement: PlacementConfig = PlacementConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     serving: ServingConfig = ServingConfig()
+    kubernetes: KubernetesConfig = KubernetesConfig()
 
     @model_validator(mode="after")
     def _template_and_tokenizer_agree(self) -> Config:
