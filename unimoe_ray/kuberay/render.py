@@ -37,7 +37,8 @@ def render(config: Config, overlay: Overlay, sizes: Sizes, source: str) -> Files
     sized = plan(here, overlay, sizes)
     if sized.problems:
         raise UsageError(f"{sized.problems[0]} (unimoe k8s size --config {source} shows the arithmetic)")
-    made = f"unimoe k8s render --config {source} --overlay {overlay.name}"
+    shared = "unimoe k8s render"
+    made = f"{shared} --config {source} --overlay {overlay.name}"
     folder, base = f"overlays/{overlay.name}", surroundings.base(here)
     own = _of_overlay(here, overlay, sized)
     # Without GPUs it is meant for small clusters, which have no Prometheus operator.
@@ -46,9 +47,9 @@ def render(config: Config, overlay: Overlay, sizes: Sizes, source: str) -> Files
     for documents in [*base.values(), *own.values(), *monitoring.values()]:
         _check(documents)
     return {
-        **_kustomization("base", base, made),
-        **_kustomization("monitoring", monitoring, made, beside=["../grafana"]),
-        **_dashboard(here.kubernetes.namespace, made),
+        **_kustomization("base", base, shared),
+        **_kustomization("monitoring", monitoring, shared, beside=["../grafana"]),
+        **_dashboard(here.kubernetes.namespace, shared),
         **_kustomization(folder, own, made, beside),
     }
 
