@@ -48,8 +48,8 @@ def collect_experts(model: UniMoE) -> None:
 
 
 class ExpertMover:
-    """The engine of a run whose experts move: every ``placement.interval`` steps it plans anew, from the loads since the
-    last time, and moves experts where that saves at least ``placement.min_gain``. Every rank has one and they all
+    """The engine of a run whose experts move: every ``placement.interval`` steps it plans anew, from the loads since
+    the last time, and moves experts where that saves at least ``placement.min_gain``. Every rank has one and they all
     decide alike.
 
     ranks: that share a mixture's experts; make_engine: makes an engine around the model, at first and after a move.
@@ -109,8 +109,6 @@ def _work(mixture: MoELayer, config: Config, device: torch.device) -> Work:
     """Of one expert as it is trained: a frozen parameter moves alone, a trained one with its moments."""
     projection = mixture.experts[0].up_proj
     values = 2 if pick_precision(config.training, device) is torch.bfloat16 else 4
-    work = Work.of(
-        projection.in_features, projection.out_features, tflops=config.placement.tflops, value_bytes=values
-    )
+    work = Work.of(projection.in_features, projection.out_features, tflops=config.placement.tflops, value_bytes=values)
     moved = sum(4 * p.numel() * (3 if p.requires_grad else 1) for p in mixture.experts[0].parameters())
     return replace(work, expert_bytes=moved)
