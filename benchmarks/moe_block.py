@@ -7,7 +7,8 @@
 Every implementation gets the same weights and tokens, so before anything is timed their outputs and input gradients
 are compared (the dense layer has its own: a SwiGLU of top_k times the inner size, the same active products). Rounds
 are interleaved in one process, in another order each; a figure is the median over rounds of this implementation's
-CPU time, a ratio the median of the ratios within each round. H = 512, F = 1376, top-2, fp32.
+CPU time, a ratio the median of the ratios within each round. H = 512, F = 1376, top-2, fp32. Freed memory is kept
+(``training.allocator``), as in training, for all alike: else page faults are up to half of the time, and at random.
 
 The ceiling is what the experts' matrix products cost when routing is free: rows already sorted and contiguous, per
 expert its own weights, ``down(silu(gate(x)) * up(x))`` through autograd, nothing gathered, weighted or added up.
@@ -34,6 +35,7 @@ from torch.nn import functional as F
 
 from unimoe_ray.model.experts import SwiGLU
 from unimoe_ray.model.moe import MoELayer
+from unimoe_ray.training.allocator import keep_freed_memory
 
 HIDDEN, INNER, TOP_K = 512, 1376, 2
 CASES = ("train:4:1024", "train:8:1024", "train:8:256", "train:8:64", "forward:8:64", "forward:8:4", "forward:8:1")
@@ -127,7 +129,9 @@ def mixtral(layer: MoELayer, implementation: str) -> nn.Module:
     block = MixtralSparseMoeBlock(config)
     gate_up = torch.stack([torch.cat([e.gate_proj.weight, e.up_proj.weight]) for e in layer.experts])
     down = torch.stack([e.down_proj.weight for e in layer.experts])
-    block.load_state_dict({"gate.weight": layer.gate.weight, "experts.gate_up_proj": gate_up, "experts.down_proj": down})
+    block.load_state_dict(
+        {"gate.weight": layer.gate.weight, "experts.gate_up_proj": gate_up, "experts.down_proj": down}
+    )
     return block
 
 
@@ -216,7 +220,7 @@ def check(entrants: dict[str, Contender], tolerance: float = 1e-4) -> None:
 def measure(case: Case, entrants: dict[str, Contender], rounds: int) -> dict[str, list[float]]:
     """CPU seconds of one step, by contender and round; a step takes at least a few milliseconds of repetitions."""
     upstream = {name: torch.randn_like(entrant.inputs) for name, entrant in entrants.items()}
-    repeats = max(1, 64 // case.tokens) * (4 if case.kind == "forward" else 1)
+    repeats = 16 if case.kind == "forward" else max(1, 64 // case.tokens)
     times: dict[str, list[float]] = {name: [] for name in entrants}
     names = list(entrants)
     shuffle = random.Random(0).shuffle
@@ -271,6 +275,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    keep_freed_memory()
     hidden, inner, rounds = (64, 96, 3) if arguments.small else (HIDDEN, INNER, arguments.rounds)
     lines = []
     for text in arguments.cases:

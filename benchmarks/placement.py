@@ -30,15 +30,15 @@ from unimoe_ray.parallel.topology import Array, Loads, Placement, Topology, cont
 LAYERS, EXPERTS, RANKS, NODES, SLOTS = 64, 256, 64, 8, 5
 MODALITIES = np.array([0.35, 0.25, 0.15, 0.15, 0.10])  # text, image, video, speech, audio: parts of all tokens
 TOKENS = RANKS * 8192 * 8  # routed in a step: 8192 tokens a rank, top 8
-WINDOWS, HOLD, DRIFT = 8, 4, 0.05
+WINDOWS, HOLD, DRIFT = 4, 4, 0.05
 WORK = Work.of(4096, 1536, tflops=300)
 
 
 @dataclass(frozen=True)
 class Scenario:
     """skew: exponent of the experts' popularity; focus: concentration of an expert's kinds of tokens and of a node's
-    (Dirichlet: low is specialised); mixture: drift of the kinds' parts of all tokens, which training has none of, as its
-    plan fixes the mixture."""
+    (Dirichlet: low is specialised); mixture: drift of the kinds' parts of all tokens. Training has none of it, as its
+    data plan fixes the mixture."""
 
     name: str
     skew: float
@@ -225,9 +225,7 @@ def main() -> None:
         print(line, flush=True)
         lines.append(line)
 
-    say(
-        f"{LAYERS} layers x {EXPERTS} experts, {RANKS} ranks in {NODES} nodes, {SLOTS} slots a rank; placed every {HOLD}"
-    )
+    say(f"{LAYERS} layers, {EXPERTS} experts, {RANKS} ranks, {NODES} nodes, {SLOTS} slots a rank; placed every {HOLD}")
     say(f"windows of {DRIFT:.0%} drift. slowest/mean: mean over layers; GB between nodes a step, all layers.")
     for title, strategies in (("with replicas", STRATEGIES), ("one place per expert, as in training", SINGLE)):
         say("")

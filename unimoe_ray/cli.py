@@ -15,6 +15,7 @@ from unimoe_ray.config.training import STAGES
 from unimoe_ray.errors import UnimoeError, UsageError
 
 EXPORT_FORMATS = ("mixtral", "hf", "official")
+DTYPES = ("fp32", "bf16", "fp16")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -69,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         "--stage", choices=["base", "align", "tune"], help="the model after this stage (default: last)"
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
+    evaluate.add_argument(
+        "--routing", type=Path, metavar="FILE", help="write the experts and weights of every prompt token (Parquet)"
+    )
     evaluate.set_defaults(run=_eval)
 
     chat = commands.add_parser("chat", help="talk to a run's model; without a question, interactively")
@@ -98,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     importer.add_argument("--from", dest="form", choices=["official"], required=True, help="what wrote it")
     importer.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="base checkpoint, then what tunes it")
     importer.add_argument("--to", type=Path, required=True, metavar="OUT", help="model folder to make")
+    importer.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: fp32)")
     importer.set_defaults(run=_import)
 
     placing = commands.add_parser("plan-experts", help="which rank would hold which experts, and why")
@@ -123,6 +128,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="check this machine and say what to do about each finding")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=_doctor)
+
+    from unimoe_ray.kuberay import commands as kubernetes
+
+    kubernetes.add_to(commands)
     return parser
 
 
@@ -180,6 +189,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _eval(arguments: argparse.Namespace) -> int:
     settings = config.load_run(arguments.run_folder)
+    if arguments.routing and not arguments.routing.absolute().parent.is_dir():
+        raise UsageError(f"--routing {arguments.routing}: there is no folder {arguments.routing.parent}")
     from rich.console import Console
 
     from unimoe_ray import cluster, pipeline
@@ -190,7 +201,12 @@ def _eval(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     with cluster.connect(settings), TrainProgress(Console(stderr=True)) as progress:
         result = pipeline.evaluate(
-            settings, progress, split=arguments.split, tasks=arguments.task, stage=arguments.stage
+            settings,
+            progress,
+            split=arguments.split,
+            tasks=arguments.task,
+            stage=arguments.stage,
+            routing_file=arguments.routing,
         )
     stamp = pipeline.stamp(settings, time.perf_counter() - started)
     if not (arguments.task or arguments.stage or arguments.split != "test"):
@@ -220,6 +236,8 @@ def _chat(arguments: argparse.Namespace) -> int:
     conversation = Conversation(settings, final_model(settings))
     if arguments.question is not None:
         reply = conversation.ask(arguments.question, attached)
+        if conversation.note:
+            print(f"unimoe: {conversation.note}", file=sys.stderr)
         print(json.dumps({"question": arguments.question, "answer": reply}) if arguments.json else reply)
         return 0
     from unimoe_ray.repl import interact
@@ -262,7 +280,8 @@ def _import(arguments: argparse.Namespace) -> int:
     def show(done: int, total: int) -> None:
         print(f"unimoe: file {done + 1} of {total}", file=sys.stderr)
 
-    for line in convert.summary(convert.import_official(arguments.folders, arguments.to, show)):
+    report = convert.import_official(arguments.folders, arguments.to, show, convert.DTYPES[arguments.dtype])
+    for line in convert.summary(report):
         print(line)
     print(arguments.to)
     return 0

@@ -71,15 +71,17 @@ def cluster():
         initialize_head=True,
         head_node_args={"num_cpus": 3, "num_gpus": 1, "include_dashboard": False, "object_store_memory": 100 * 2**20},
     )
-    for label, gpus in (("image-video", 2), ("speech", 1)):
-        nodes.add_node(num_cpus=gpus, num_gpus=gpus, labels={MODALITY_LABEL: label}, object_store_memory=80 * 2**20)
-    ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
-    yield nodes
-    ray.shutdown()
-    nodes.shutdown()
+    try:
+        for label, gpus in (("image-video", 2), ("speech", 1)):
+            nodes.add_node(num_cpus=gpus, num_gpus=gpus, labels={MODALITY_LABEL: label}, object_store_memory=80 * 2**20)
+        ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+        yield nodes
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(500)
 def test_experts_land_where_the_plan_says(cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     import torch
@@ -112,7 +114,7 @@ def test_experts_land_where_the_plan_says(cluster, tmp_path, monkeypatch):
     assert everything == sorted(f"layers.{layer}.experts.{e}" for layer in range(LAYERS) for e in range(EXPERTS))
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(200)
 def test_selectors_are_by_label_and_keep_the_others_out_of_labelled_nodes(cluster):
     """The fourth worker belongs on the node without a label, and Ray puts it there."""
     selectors = label_selectors(4, NEED)

@@ -61,7 +61,10 @@ def dispatch(tokens: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Ten
 
 
 def combine(outputs: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Outputs of sorted slots [T*K, H] back to their tokens, weighted by weights [T, K]: [T, H]. Differentiable once."""
+    """Outputs of sorted slots [T*K, H] back to their tokens, weighted by weights [T, K]: [T, H].
+
+    Differentiable once.
+    """
     weights = weights.to(outputs.dtype)
     if not torch.is_grad_enabled():
         return _sum_slots(outputs, order, weights.shape[1], weights)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 import ray
-import torch.distributed as dist
 
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.parallel.topology import Topology
@@ -97,6 +96,8 @@ def label_selectors(workers: int, need: Mapping[str, float]) -> list[dict[str, s
 def gather(slots: int, **link_costs: float) -> Ranks:
     """Where all ranks of the process group are, the same on each; called by all of them, inside Ray workers. slots:
     experts of a layer that fit on this rank."""
+    import torch.distributed as dist
+
     context = ray.get_runtime_context()
     mine = (context.get_node_id(), context.get_node_labels().get(MODALITY_LABEL, ""), slots)
     told: list[tuple[str, str, int]] = [("", "", 0)] * dist.get_world_size()

@@ -34,14 +34,15 @@ from unimoe_ray.parallel.topology import Array, Loads, Placement, Topology
 SLACK = 0.02
 # How much a token that stays on its node counts beside a token of load, when packing.
 AFFINITY = 2.0
-PASSES = 3
+PASSES = 2
 
 
 def plan(loads: Loads, topology: Topology, *, replicas: bool = False, slack: float | None = None) -> Placement:
     """The placement of ``loads.experts`` experts of each layer on the ranks of ``topology``.
 
     replicas: fill spare slots with second places of hot experts; slack: what the slowest rank may have above the mean
-    rank's load, as a part of it, to save traffic; without it balance is never below that of plain packing. Raises UsageError if the experts do not fit into the slots.
+    rank's load, as a part of it, to save traffic; without it balance is never worse than that of plain
+    packing. Raises UsageError if the experts do not fit into the slots.
     """
     traffic, _ = normalised(loads, topology)
     slots = _slots(loads.experts, topology)

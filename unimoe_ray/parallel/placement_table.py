@@ -49,9 +49,8 @@ def _rank_rows(placement: Placement, found: Flows, topology: Topology) -> list[s
     mean = np.maximum(found.load.mean(axis=1, keepdims=True), 1e-12)
     load, slowest = (found.load / mean).mean(axis=0), np.bincount(found.load.argmax(axis=1), minlength=topology.ranks)
     total = max(found.load.sum(), 1e-12)
-    lines = [
-        f"{'rank':>4} {'node':>4} {'experts':>7} {'slots':>5} {'load':>6} {'slowest in':>10} {'sent':>8} {'received':>8}"
-    ]
+    heads = (("rank", 4), ("node", 4), ("experts", 7), ("slots", 5), ("load", 6), ("slowest in", 10), ("sent", 8))
+    lines = [" ".join(f"{name:>{width}}" for name, width in (*heads, ("received", 8)))]
     for rank, node in enumerate(topology.nodes):
         experts = np.mean([len(layer[rank]) for layer in placement.layers])
         lines.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from unimoe_ray.config.training import OptimizerConfig, TrainingConfig
 from unimoe_ray.model.routing import RoutingSums
 from unimoe_ray.model.unimoe import Batch, UniMoE
 from unimoe_ray.parallel.groups import split_groups
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,9 @@ def pick_precision(config: TrainingConfig, device: torch.device) -> torch.dtype:
     """bf16 on GPUs that have it; fp32 on CPUs, where bf16 products are many times slower without AVX-512 or AMX."""
     if config.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if config.precision == "bf16" and device.type == "cpu" and not fast:
+        log.warning("training.precision is bf16, which this CPU computes many times slower than fp32 (auto)")
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 

@@ -20,6 +20,7 @@ from unimoe_ray.config import Config
 from unimoe_ray.config.training import STAGES
 from unimoe_ray.data.samples import SampleTable, Source
 from unimoe_ray.errors import UnimoeError, UsageError, root_cause
+from unimoe_ray.parallel.cluster_topology import label_selectors
 from unimoe_ray.parallel.groups import expert_parallel_size
 from unimoe_ray.training.checkpoint import ModelInfo, checkpoint_dir, is_complete
 from unimoe_ray.training.job import Job, train_worker
@@ -69,7 +70,8 @@ def run_stage(
     if not jobs:
         return []
     metrics = config.run_dir / "metrics.jsonl"
-    _forget(metrics, {job.label for job in jobs})
+    for path in (metrics, config.run_dir / "findings.jsonl"):
+        _forget(path, {job.label for job in jobs})
     each = max(1, workers // len(jobs))
     if stage == "tune":
         expert_parallel_size(config.training.expert_parallel.ep_size, each, config.model.moe.num_experts)
@@ -103,7 +105,12 @@ def _fit(
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=job,
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+            label_selector=label_selectors(workers, resources),
+        ),
         run_config=RunConfig(
             name=f"{job.label.replace('/', '-')}-{time.time_ns()}",
             storage_path=str((config.run_dir / "ray_train").resolve()),
@@ -144,13 +151,11 @@ def _file_hash(path: str, changed_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _forget(metrics: Path, labels: set[str]) -> None:
+def _forget(path: Path, labels: set[str]) -> None:
     """Drop the lines of runs that start again."""
-    if metrics.is_file():
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-        metrics.write_text(
-            "".join(f"{line}\n" for line in lines if _label(line) not in labels | {None}), encoding="utf-8"
-        )
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        path.write_text("".join(f"{line}\n" for line in lines if _label(line) not in labels | {None}), encoding="utf-8")
 
 
 def _label(line: str) -> Any:
