@@ -138,8 +138,9 @@ def check(world: int, cases: dict[str, Case], out: Path) -> None:
         ranks = results[name]
         if case.same_as is not None:
             twin = results[case.same_as]
-            assert ranks[0]["losses"] == pytest.approx(twin[0]["losses"], rel=1e-6), name
-            assert_near(ranks[0]["after"], twin[0]["after"], 1e-5, name)
+            exact = case.precision == "fp32"
+            assert ranks[0]["losses"] == pytest.approx(twin[0]["losses"], rel=1e-6 if exact else 5e-3), name
+            assert_near(ranks[0]["after"], twin[0]["after"], 1e-5 if exact else 1e-2, name)
         if case.precision == "fp32":
             compare(name, ranks, reference(case.model))
 
@@ -198,6 +199,8 @@ CASES: dict[int, dict[str, Case]] = {
         ),
         "moved-z1-lora-acc3": Case(LORA, (EVEN, EVEN), zero=1, per_rank=3, moves={2: (MIRRORED, CROSSED)}),
         "moved-frozen-z2-acc1": Case(FROZEN, (EVEN, EVEN), zero=2, moves={2: (MIRRORED, CROSSED)}),
+        "bf16-ep1-z2": Case(FULL, zero=2, precision="bf16"),
+        "bf16-ep2-z2": Case(FULL, (EVEN, UNEVEN), zero=2, precision="bf16", same_as="bf16-ep1-z2"),
         "balanced-ep1-z2": Case(BALANCED[1], zero=2),
         **{f"balanced-{i}-ep2-z2": Case(model, (EVEN, UNEVEN), zero=2) for i, model in enumerate(BALANCED)},
     },
@@ -242,7 +245,11 @@ def _product(world: int) -> dict[str, Case]:
     skewed = {
         2: [None, (((0, 4, 2), (3, 1)), ((4,), (0, 1, 2, 3)))],
         3: [None, (((4,), (0, 1), (2, 3)), ((0,), (4,), (1, 2, 3)))],
-        4: [None, (((4,), (0, 1, 2, 3)), ((0, 1), (2, 3, 4))), (((0, 1), (2,), (3,), (4,)), ((4,), (3,), (2, 1), (0,)))],
+        4: [
+            None,
+            (((4,), (0, 1, 2, 3)), ((0, 1), (2, 3, 4))),
+            (((0, 1), (2,), (3,), (4,)), ((4,), (3,), (2, 1), (0,))),
+        ],
     }[world]
     cases = {}
     for trains, zero, per_rank in product(("full", "lora"), (1, 2), (1, 3)):

@@ -16,11 +16,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tests.tiny import DIMS, VOCAB, tiny_config
+from unimoe_ray.config.model import MODALITIES, PLACEHOLDER_IDS
 from unimoe_ray.config.training import LoraConfig, OptimizerConfig, TrainRun
 from unimoe_ray.data.batch import collate
 from unimoe_ray.data.samples import PreparedSample
 from unimoe_ray.data.store import StoredFeatures
-from unimoe_ray.config.model import MODALITIES, PLACEHOLDER_IDS
 from unimoe_ray.model.language import mixtures
 from unimoe_ray.model.unimoe import Batch, UniMoE, to_batch
 from unimoe_ray.parallel.groups import Held
@@ -63,9 +63,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Case:
-    """How a world trains it. placement: of both mixtures, None: experts on every rank; per_rank: micro-batches of a rank
-    and step; moves: step to placement, before which experts move there; checkpointed: with activation checkpointing;
-    same_as: another case, of which nothing must differ."""
+    """How a world trains it. placement: of both mixtures, None: experts on every rank; per_rank: micro-batches of a
+    rank and step; moves: step to placement, before which experts move there; checkpointed: with activation
+    checkpointing; same_as: another case, of which nothing must differ."""
 
     model: Model
     placement: tuple[Held, Held] | None = None

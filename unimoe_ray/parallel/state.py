@@ -1,9 +1,9 @@
 """Weights and Adam state of a DeepSpeed ZeRO-1 or 2 engine by parameter name, which has global expert ids in it.
 
-The engine lays the parameters of each optimizer group end to end in a flat buffer and gives each rank of the group's
+The engine lays the parameters of each optimizer group end to end in a flat buffer and gives each of the group's
 data-parallel ranks one part of it, to update with fp32 weights and moments. What a rank has is therefore a fragment of
-some parameters. These functions read and write fragments where they lie; they use names of DeepSpeed that are not
-public (``constraints.txt`` pins the version).
+some parameters. These functions read and write fragments where they lie, by names of DeepSpeed that are not public
+(``constraints.txt`` pins the version).
 """
 
 from __future__ import annotations
