@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import yaml
 from kubernetes import client
 
-from tests.kubernetes.core_api import CoreApi
+from tests.kubernetes.core_api import KUEUE, PROMETHEUS, CoreApi
 from tests.kubernetes.ray_documents import play_status, ray_cluster, ray_job, ray_service
 from unimoe_ray.errors import UsageError
 from unimoe_ray.kuberay import apply as applying
@@ -17,6 +18,7 @@ from unimoe_ray.kuberay.documents import Ref, in_order, read
 from unimoe_ray.kuberay.errors import ApiError
 
 QUICK = Patience(attempts=3, answer_s=20.0, first_pause_s=0.02, longest_pause_s=0.1)
+OVERLAYS = sorted(file.parent for file in Path(__file__).parents[2].glob("k8s/overlays/*/kustomization.yaml"))
 PASSWORD = "correct-horse-battery"
 
 
@@ -118,6 +120,23 @@ def without_defaults(stored, applied):
     if isinstance(applied, list):
         return [without_defaults(one, other) for one, other in zip(stored, applied, strict=True)]
     return stored
+
+
+@pytest.mark.parametrize("folder", OVERLAYS, ids=lambda folder: folder.name)
+def test_the_committed_overlays(front, tmp_path, folder):
+    """All of it, to a cluster that has every kind; what is stored is what was given, and defaults."""
+    front.served |= KUEUE | PROMETHEUS
+    cluster = connect(front.kubeconfig(tmp_path / "kubeconfig"), patience=QUICK)
+    documents = read(str(folder))
+    delete(cluster, [document for document in documents if document["apiVersion"] == "ray.io/v1"])  # of other tests
+    try:
+        assert {change.action for change in applying.apply(cluster, documents)} == {"created"}
+        for document in documents:
+            stored = cluster.get(Ref.of(document, ""))
+            assert without_defaults(stored, document) == document
+        assert {change.action for change in applying.plan(cluster, documents)} == {"unchanged"}
+    finally:
+        delete(cluster, documents, with_data=True)
 
 
 def test_our_validation_comes_before_any_request(cluster, front):
