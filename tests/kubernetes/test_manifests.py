@@ -66,7 +66,7 @@ def test_what_is_committed_is_what_is_rendered(overlay):
     preset = OVERLAYS[overlay].preset
     files = render(config.load(preset), OVERLAYS[overlay], sizes(preset), preset)
     differing = [path for path, text in files.items() if (ROOT / "k8s" / path).read_text(encoding="utf-8") != text]
-    assert not differing, f"render again: unimoe k8s render --config {preset} --overlay {overlay}"
+    assert not differing, "render again: make manifests"
     there = {
         str(path.relative_to(ROOT / "k8s"))
         for folder in {str(Path(path).parent) for path in files}
