@@ -105,6 +105,7 @@ def test_every_overlay_has_a_cluster_a_job_for_each_stage_and_the_endpoint(overl
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_the_api_server_takes_every_ray_document_and_stores_it_with_defaults_only(api_server, overlay):
     documents = of_kind(overlay, *KINDS)
+    api_server.clear("unimoe")
     answer = api_server.kubectl(
         "apply", "--server-side", "--field-manager=test", "--force-conflicts", "-f", "-",
         stdin=yaml.safe_dump_all(documents),
