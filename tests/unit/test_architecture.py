@@ -22,8 +22,9 @@ ALLOWED = {
     "data": {"config"},
     "mini": {"config", "model", "data"},
     "towers": {"config", "model", "mini"},
+    "llama": {"model", "mini"},
     "parameter_table": {"config", "model", "data", "towers", "training"},
-    "training": {"config", "model", "parallel", "data"},
+    "training": {"config", "model", "parallel", "data", "llama"},
     "evaluation": {"config", "model", "data", "training"},
     "inference": {"config", "model", "parallel", "data"},
     # Its processor makes prompts of conversations, with our templates.
@@ -130,6 +131,13 @@ def test_the_http_side_of_serving_knows_no_ray(name):
     """It runs under any ASGI server, and is tested so."""
     tops = {imported.split(".")[0] for imported in imports(Path("serve", f"{name}.py"))}
     assert not tops & {"ray", "torch", "transformers"}
+
+
+@pytest.mark.parametrize("name", ["topology", "placement", "placement_search", "placement_cost", "placement_table"])
+def test_the_placement_planner_needs_numpy_only(name):
+    """It also runs where no training does: in ``unimoe plan-experts``, on any machine."""
+    tops = {imported.split(".")[0] for imported in imports(Path(PACKAGE, "parallel", f"{name}.py"))}
+    assert not tops & {"ray", "torch", "deepspeed", "transformers"}
 
 
 def test_the_command_line_imports_serve_and_the_heavy_libraries_lazily() -> None:

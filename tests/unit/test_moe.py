@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unimoe_ray.config.model import MoEConfig
 from unimoe_ray.model.language import RoutingRecorder, SparseFeedForward
 from unimoe_ray.model.moe import MoELayer
+from unimoe_ray.model.routing import balance_loss
 
 HIDDEN, INNER = 5, 7
 
@@ -173,12 +175,45 @@ def test_padding_passes_by_as_zeros_and_is_not_counted():
 
 def test_balance_over_layers():
     recorder = RoutingRecorder()
-    assert recorder.balance_loss("mean") == 0.0
+    settings = MoEConfig(balance_coef=0.5, z_loss_coef=0.25)
+    assert recorder.loss(settings) == 0.0
     layers = [build(3, 2, seed, cls=SparseFeedForward, recorder=recorder) for seed in range(2)]
     recorder.start(None)
     for layer in layers:
         layer(torch.randn(6, HIDDEN, dtype=torch.float64))
     each = [stats.balance_loss.item() for stats in recorder.layers]
     assert each[0] != each[1]
-    assert recorder.balance_loss("sum").item() == pytest.approx(sum(each))
-    assert recorder.balance_loss("mean").item() == pytest.approx(sum(each) / 2)
+    z = sum(stats.routing.logits.logsumexp(-1).square().mean().item() for stats in recorder.layers) / 2
+    assert recorder.loss(settings).item() == pytest.approx(0.5 * sum(each) / 2 + 0.25 * z)
+    summed = settings.model_copy(update={"balance_over_layers": "sum"})
+    assert recorder.loss(summed).item() == pytest.approx(0.5 * sum(each) + 0.25 * z)
+
+
+def test_balance_variants_against_a_slow_computation():
+    layer = build(4, 2)
+    kinds = torch.tensor([0, 1, 1, 0, 3, 1, 0])
+    stats = layer(torch.randn(7, HIDDEN, dtype=torch.float64), kinds, 5)[1]
+    sums, logits = stats.sums, stats.routing.logits
+
+    def slow(rows: list[int], choices: int) -> float:
+        mean = sum(logits[row].softmax(-1) for row in rows) / len(rows)
+        share = [sum(stats.experts[row, :choices].tolist().count(e) for row in rows) / len(rows) for e in range(4)]
+        return 4 * sum(mean[e].item() * share[e] / choices for e in range(4))
+
+    groups = [[row for row in range(7) if kinds[row] == kind] for kind in (0, 1, 3)]
+    for share, choices in (("all", 2), ("first", 1)):
+        assert balance_loss(sums, share).item() == pytest.approx(slow(list(range(7)), choices))
+        wanted = sum(len(rows) / 7 * slow(rows, choices) for rows in groups)
+        assert balance_loss(sums, share, "modality").item() == pytest.approx(wanted)
+    assert sums.tokens.tolist() == [3, 3, 0, 1, 0] and sums.routed.sum(-1).tolist() == [6, 6, 0, 2, 0]
+    entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+    assert torch.allclose(sums.entropy[0], entropy[kinds == 0].sum())
+
+
+def test_sums_of_parts_add_up():
+    layer = build(3, 2)
+    x, kinds = torch.randn(9, HIDDEN, dtype=torch.float64), torch.arange(9) % 2
+    whole = layer(x, kinds, 2)[1].sums
+    added = layer(x[:4], kinds[:4], 2)[1].sums + layer(x[4:], kinds[4:], 2)[1].sums
+    for a, b in zip(added.tensors(), whole.tensors(), strict=True):
+        assert torch.allclose(a, b)

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,26 @@ from unimoe_ray.data.encode import EncodeSettings, encode_missing
 from unimoe_ray.data.pretrained import PretrainedTokenizer, load_pretrained_tokenizer
 from unimoe_ray.data.samples import PreparedSample, Source, write_samples
 from unimoe_ray.data.schema import BadSample, Media, Sample, parse_record
+from unimoe_ray.data.shorten import Shortened, shorten
 from unimoe_ray.data.store import FeatureStore, content_key, partition_dir
 from unimoe_ray.data.template import Template, make_template
 from unimoe_ray.data.tokenizer import load_tokenizer, train_tokenizer
 from unimoe_ray.errors import UnimoeError
 
 SPLITS = ("train", "dev", "test")
+# Samples of dev and test end where the answer is to begin; these are dev's with it, for a loss while training.
+VALIDATION = "validation"
+SHORTENED = "shortened.jsonl"
 
 
 @dataclass
 class Prepared:
-    """What ``prepare`` left: samples per split and task, quarantined records, media files encoded this time."""
+    """What ``prepare`` left: samples per split and task, quarantined and shortened records (``SHORTENED`` says how),
+    media files encoded this time."""
 
     samples: dict[str, dict[str, int]] = field(default_factory=dict)
     quarantined: int = 0
+    shortened: int = 0
     media: int = 0
     encoded: int = 0
 
@@ -65,12 +72,16 @@ def prepare(
     Raises UnimoeError past ``data.max_bad_fraction``.
     """
     language = config.model.language
-    pretrained = None if language.pretrained is None else load_pretrained_tokenizer(language.pretrained)
+    pretrained = None
+    if language.pretrained is not None:
+        pretrained = load_pretrained_tokenizer(language.pretrained, config.data.template)
     stamp = _stamp(config, root, settings, pretrained)
     done = data_dir(config) / "prepared.json"
     if done.is_file():
         found = json.loads(done.read_text())
-        if found["stamp"] == stamp and all(Path(folder).is_dir() for folder in found["partitions"].values()):
+        files = [data_dir(config) / f"{split}.arrow" for split in (*SPLITS, VALIDATION)]
+        there = all(Path(path).exists() for path in (*files, *found["partitions"].values()))
+        if found["stamp"] == stamp and there:
             return Prepared(**found["summary"] | {"encoded": 0})
     # From here on the files below belong to neither the old nor the new configuration, until all are written.
     done.unlink(missing_ok=True)
@@ -89,8 +100,9 @@ def prepare(
     stores = {kind: FeatureStore(Path(folder)) for kind, folder in partitions.items()}
     summary = Prepared(media=len(media), encoded=encoded)
     used: set[str] = set()
+    shortened: list[dict[str, str]] = []
     for split, items in samples.items():
-        rows = []
+        rows, answered = [], []
         for sample in items:
             reason = _broken_media(names[split].get(sample.id), broken)
             if sample.id not in names[split]:
@@ -98,19 +110,32 @@ def prepare(
             if reason:
                 quarantine.append({"split": split, "id": sample.id, "reason": reason})
                 continue
-            row = _tokenise(sample, names[split][sample.id], template, stores, soft_tokens, split != "train")
+            counts = _soft_tokens(names[split][sample.id], stores, soft_tokens)
+            tokenise = partial(_tokenise, names[split][sample.id], counts, template, split != "train")
+            row = tokenise(sample)
             answer = 0 if split == "train" else config.evaluation.max_new_tokens
             if row.length + answer > language.max_positions:
-                limit = language.max_positions
-                kept = f" and {answer} kept for the answer" if answer else ""
-                reason = f"{row.length} tokens with media{kept}; model.language.max_positions is {limit}"
-                quarantine.append({"split": split, "id": sample.id, "reason": reason})
-                continue
+                found = _shorter(config, sample, tokenise, answer, keep_turns=split == "train")
+                if found is None:
+                    kept = f" and {answer} kept for the answer" if answer else ""
+                    limit = language.max_positions
+                    reason = f"{row.length} tokens with media{kept}; model.language.max_positions is {limit}"
+                    quarantine.append({"split": split, "id": sample.id, "reason": reason})
+                    continue
+                sample = found.sample
+                row = tokenise(sample)
+                shortened.append({"split": split, "id": sample.id, "what": found.note})
             rows.append(row)
+            if split == "dev":
+                whole = _tokenise(names[split][sample.id], counts, template, False, sample)
+                answered += [whole] if whole.length <= language.max_positions else []
         write_samples(data_dir(config) / f"{split}.arrow", rows)
+        if split == "dev":
+            write_samples(data_dir(config) / f"{VALIDATION}.arrow", answered)
         used |= {name.split("/")[0] for row in rows for name in row.media}
         summary.samples[split] = dict(sorted(Counter(row.task for row in rows).items()))
-    summary.quarantined = len(quarantine)
+    summary.quarantined, summary.shortened = len(quarantine), len(shortened)
+    _write_lines(config.run_dir / SHORTENED, shortened)
     _quarantine(config, quarantine, records)
     partitions = {kind: partitions[kind] for kind in sorted(used)}
     temporary = done.with_name(f".{done.name}")
@@ -187,18 +212,22 @@ def _template(config: Config, train: list[Sample], pretrained: PretrainedTokeniz
     return make_template(config.data.template, load_tokenizer(path))
 
 
-def _tokenise(
-    sample: Sample,
-    names: list[str],
-    template: Template,
-    stores: dict[str, FeatureStore],
-    soft_tokens: Callable[[str, list[int]], int],
-    prompt_only: bool,
-) -> PreparedSample:
+def _soft_tokens(
+    names: list[str], stores: dict[str, FeatureStore], soft_tokens: Callable[[str, list[int]], int]
+) -> list[int]:
     counts = []
     for name in names:
         kind, key = name.split("/")
         counts.append(soft_tokens(kind, stores[kind].lengths(key)))
+    return counts
+
+
+def _tokenise(
+    names: list[str], counts: list[int], template: Template, prompt_only: bool, sample: Sample
+) -> PreparedSample:
+    """``names`` and ``counts``: of the whole sample's media; one that was shortened has the last of them."""
+    gone = len(names) - len(sample.media)
+    names, counts = names[gone:], counts[gone:]
     if prompt_only:
         ids, labels = template.encode_prompt(sample), []
     else:
@@ -207,14 +236,27 @@ def _tokenise(
     return PreparedSample(sample.id, sample.task, sample.group, ids, labels, names, counts)
 
 
+def _shorter(
+    config: Config, sample: Sample, tokenise: Callable[[Sample], PreparedSample], answer: int, *, keep_turns: bool
+) -> Shortened | None:
+    room = config.model.language.max_positions - answer
+    if config.data.too_long == "refuse":
+        return None
+    return shorten(sample, lambda part: tokenise(part).length <= room, keep_turns=keep_turns)
+
+
 def _quarantine(config: Config, entries: list[dict[str, Any]], total: int) -> None:
     path = config.run_dir / "quarantine.jsonl"
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    _write_lines(path, entries)
     if total and len(entries) > config.data.max_bad_fraction * total:
         raise UnimoeError(
             f"{len(entries)} of {total} records are bad, more than data.max_bad_fraction="
             f"{config.data.max_bad_fraction}; reasons in {path} (first: {entries[0]['reason']})"
         )
+
+
+def _write_lines(path: Path, entries: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def _stamp(config: Config, root: Path, settings: EncodeSettings, pretrained: PretrainedTokenizer | None) -> str:
@@ -233,6 +275,8 @@ def _stamp(config: Config, root: Path, settings: EncodeSettings, pretrained: Pre
         settings.fingerprints,
         str(root),
     ]
+    if data.too_long != "refuse":
+        parts.append(data.too_long)
     if pretrained is not None:
         parts += [data.template, pretrained.tokenizer.to_str(), pretrained.legacy]
     digest.update(json.dumps(parts, sort_keys=True).encode())

@@ -65,7 +65,8 @@ class SampleTable:
     def __init__(self, path: Path):
         self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all().combine_chunks()
         self.lengths = self._table["length"].to_numpy()
-        self.groups = np.asarray(self._table["group"].combine_chunks().indices)
+        column = self._table["group"].combine_chunks()
+        self.groups, self.group_names = np.asarray(column.indices), column.dictionary.to_pylist()
 
     def __len__(self) -> int:
         return len(self._table)

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from tokenizers import Tokenizer
 
-from unimoe_ray.config.model import PLACEHOLDER_IDS
+from unimoe_ray.config.model import TOKEN_KINDS
 from unimoe_ray.data.batch import collate
 from unimoe_ray.data.prompt import decode
 from unimoe_ray.data.samples import PreparedSample
 from unimoe_ray.data.store import StoredFeatures
-from unimoe_ray.data.tokenizer import EOS
+from unimoe_ray.data.tokenizer import end_token
 from unimoe_ray.model.language import mixtures
 from unimoe_ray.model.unimoe import UniMoE, to_batch
 
@@ -34,7 +34,7 @@ def answer(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         arrays = collate([prompts[i] for i in rows], features, pad_left=True, with_labels=False)
-        tokens = model.generate(to_batch(arrays), max_new_tokens, tokenizer.token_to_id(EOS))
+        tokens = model.generate(to_batch(arrays), max_new_tokens, end_token(tokenizer))
         for row, ids in zip(rows, tokens.tolist(), strict=True):
             answers[row] = decode(ids, tokenizer)
     return answers
@@ -48,16 +48,8 @@ def expert_load(
     layers = mixtures(model)
     if not layers:
         return {}
-    kinds = {"text": None, **PLACEHOLDER_IDS}
-    load = {kind: torch.zeros(len(layers), layers[0].num_experts, dtype=torch.int64) for kind in kinds}
+    routed = torch.zeros(len(layers), len(TOKEN_KINDS), layers[0].num_experts, dtype=torch.int64)
     for start in range(0, len(prompts), batch_size):
-        arrays = collate(prompts[start : start + batch_size], features, with_labels=False)
-        batch = to_batch(arrays)
-        model(batch)
-        ids = batch.input_ids[batch.mask]
-        for kind, placeholder in kinds.items():
-            of_kind = ids >= 0 if placeholder is None else ids == placeholder
-            for index, stats in enumerate(model.recorder.layers):
-                chosen = stats.experts[of_kind].reshape(-1)
-                load[kind][index] += torch.bincount(chosen, minlength=layers[0].num_experts)
-    return load
+        model(to_batch(collate(prompts[start : start + batch_size], features, with_labels=False)))
+        routed += model.recorder.sums().routed
+    return dict(zip(TOKEN_KINDS, routed.unbind(1), strict=True))

@@ -11,9 +11,11 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from unimoe_ray.config.model import TOKEN_KINDS
+
 FinishReason = Literal["stop", "length", "error"]
 # What a token of the sequence was made from; generated tokens are ``answer``.
-KINDS = ("text", "image", "video", "audio", "speech", "answer")
+KINDS = (*TOKEN_KINDS, "answer")
 
 
 class RequestRefused(Exception):

@@ -1,46 +1,16 @@
 """The sparse mixture-of-experts layer: a softmax top-k router over SwiGLU experts, dropless and deterministic.
 
-Uni-MoE, section 3.2 (equations 14 to 17), as the released 4-expert code computes it: softmax over the k selected
-logits.
+Uni-MoE, section 3.2 (equations 14 to 17), as the released 4-expert code computes it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
-
-@dataclass
-class RoutingStats:
-    """What the router did with one batch of T tokens.
-
-    tokens_per_expert [E] int64: routed slots (each token fills K)
-    mean_probability  [E] fp32: mean over tokens of the softmax over all experts
-    balance_loss      scalar fp32: E * sum_e(mean_probability_e * share_e), share_e the part of the T*K routed slots;
-                      1 when balanced (Switch Transformer, equation 4, with both choices counted)
-    experts           [T, K] int64: chosen experts of each token, best first
-    """
-
-    tokens_per_expert: torch.Tensor
-    mean_probability: torch.Tensor
-    balance_loss: torch.Tensor
-    experts: torch.Tensor
-
-
-class SwiGLU(nn.Module):
-    """LLaMA's feed-forward block without biases: down(silu(gate(x)) * up(x)), [..., H] to [..., H]."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+from unimoe_ray.model.experts import SwiGLU, run_experts
+from unimoe_ray.model.routing import Routing, RoutingStats, route
 
 
 class MoELayer(nn.Module):
@@ -55,27 +25,89 @@ class MoELayer(nn.Module):
         nn.init.normal_(self.gate.weight, std=0.02)
         self.experts = nn.ModuleList(SwiGLU(hidden_size, intermediate_size) for _ in range(num_experts))
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, RoutingStats]:
-        """``x`` [..., H] to ([..., H], stats). Every token passes through exactly K experts, whatever the load."""
+    def forward(
+        self, x: torch.Tensor, kinds: torch.Tensor | None = None, num_kinds: int = 1
+    ) -> tuple[torch.Tensor, RoutingStats]:
+        """``x`` [..., H] to ([..., H], stats). Every token passes through exactly K experts, whatever the load.
+
+        kinds [T] int64: the kind of each token, below ``num_kinds``, for the statistics
+        """
         tokens = x.reshape(-1, x.shape[-1])
-        with torch.autocast(tokens.device.type, enabled=False):  # it would route in bf16
-            dtype = torch.promote_types(tokens.dtype, torch.float32)
-            logits = F.linear(tokens.to(dtype), self.gate.weight.to(dtype))
-        top_logits, top_experts = logits.topk(self.top_k, dim=-1)
-        weights = top_logits.softmax(dim=-1)
+        routing = route(tokens, self.gate.weight, self.top_k)
+        y, counts = self.mix(tokens, routing)
+        return y.view_as(x), RoutingStats(routing, counts, kinds, num_kinds)
 
-        # One stable sort makes the rows of an expert contiguous and keeps the summation order fixed.
-        slots = top_experts.reshape(-1)
-        order = slots.argsort(stable=True)
-        counts = torch.bincount(slots, minlength=self.num_experts)
-        rows = tokens[order // self.top_k].split(counts.tolist())
-        # Experts without tokens run on zero rows: their gradients must exist on every rank.
-        outputs = torch.cat([expert(chunk) for expert, chunk in zip(self.experts, rows, strict=True)])
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        routed = outputs[inverse].view(*top_experts.shape, x.shape[-1])
-        y = (routed * weights.unsqueeze(-1).to(routed.dtype)).sum(dim=1)
+    def mix(self, tokens: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens [T, H] through their experts: [T, H], and the routed slots of each expert [E] int64."""
+        order, counts = sort_slots(routing.experts, self.num_experts)
+        outputs = run_experts(self.experts, dispatch(tokens, order, self.top_k), counts.tolist())
+        return combine(outputs, order, routing.weights), counts
 
-        probability = logits.softmax(dim=-1).mean(dim=0) if len(tokens) else logits.new_zeros(self.num_experts)
-        share = counts.to(dtype) / max(len(slots), 1)
-        stats = RoutingStats(counts, probability, self.num_experts * (probability * share).sum(), top_experts)
-        return y.view_as(x), stats
+
+def sort_slots(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The slots of experts [T, K] by expert, then by token: their indices [T*K] and how many each expert has [E].
+
+    One stable sort makes the rows of an expert contiguous and keeps the summation order fixed.
+    """
+    slots = experts.reshape(-1)
+    return slots.argsort(stable=True), torch.bincount(slots, minlength=num_experts)
+
+
+def dispatch(tokens: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Tokens [T, H] as the rows of sorted slots [T*K, H]. Differentiable once."""
+    if not torch.is_grad_enabled():
+        return tokens.index_select(0, order // top_k)
+    return _Dispatch.apply(tokens, order, top_k)
+
+
+def combine(outputs: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Outputs of sorted slots [T*K, H] back to their tokens, weighted by weights [T, K]: [T, H].
+
+    Differentiable once.
+    """
+    weights = weights.to(outputs.dtype)
+    if not torch.is_grad_enabled():
+        return _sum_slots(outputs, order, weights.shape[1], weights)
+    return _Combine.apply(outputs, order, weights)
+
+
+def _sum_slots(rows: torch.Tensor, order: torch.Tensor, top_k: int, weights: torch.Tensor | None) -> torch.Tensor:
+    """Rows of sorted slots, weighted, summed over the K of each token, in one pass."""
+    inverse = order.argsort()
+    starts = torch.arange(0, len(order), top_k, device=order.device)
+    weights = None if weights is None else weights.reshape(-1)
+    return torch.embedding_bag(rows, inverse, starts, mode=0, per_sample_weights=weights)[0]
+
+
+class _Dispatch(torch.autograd.Function):
+    """Indexing whose backward adds the slots of a token in one pass, in a fixed order."""
+
+    @staticmethod
+    def forward(ctx, tokens: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tensor:
+        ctx.save_for_backward(order)
+        ctx.top_k = top_k
+        return tokens.index_select(0, order // top_k)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        (order,) = ctx.saved_tensors
+        return _sum_slots(grad.contiguous(), order, ctx.top_k, None), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """``embedding_bag`` has no gradient for its table but a dense one of atomics: here it is a gather."""
+
+    @staticmethod
+    def forward(ctx, outputs: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(outputs, order, weights)
+        return _sum_slots(outputs, order, weights.shape[1], weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        outputs, order, weights = ctx.saved_tensors
+        upstream = grad.index_select(0, order // weights.shape[1])
+        of_weights = torch.empty_like(weights)
+        of_weights.view(-1)[order] = torch.linalg.vecdot(upstream, outputs)
+        return upstream.mul_(weights.reshape(-1)[order].unsqueeze(-1)), None, of_weights

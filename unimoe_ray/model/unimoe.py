@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from unimoe_ray.config.model import IGNORE_INDEX, MODALITIES, PLACEHOLDER_IDS, ModelConfig
+from unimoe_ray.config.model import IGNORE_INDEX, PLACEHOLDER_IDS, TOKEN_KINDS, ModelConfig
 from unimoe_ray.errors import UnimoeError
-from unimoe_ray.model.connectors import build_connector
+from unimoe_ray.model.connectors import build_connectors
 from unimoe_ray.model.features import Features
 from unimoe_ray.model.language import RoutingRecorder, build_llama, upcycle
 from unimoe_ray.model.splice import splice
@@ -53,13 +53,22 @@ def to_batch(arrays: dict[str, np.ndarray]) -> Batch:
     return Batch(ids, mask, labels, features)
 
 
+def token_kinds(input_ids: torch.Tensor) -> torch.Tensor:
+    """Index in ``TOKEN_KINDS`` of each id, of text or of a placeholder: int64 of the same shape."""
+    kinds = torch.zeros_like(input_ids)
+    for kind, placeholder in PLACEHOLDER_IDS.items():
+        kinds = kinds.masked_fill(input_ids == placeholder, TOKEN_KINDS.index(kind))
+    return kinds
+
+
 @dataclass
 class Loss:
-    """token_loss: sum of the answer tokens' cross-entropies; balance_loss: over the mixture layers, or 0."""
+    """token_loss: sum of the answer tokens' cross-entropies; router_loss: weighted balance and z-losses of the
+    mixture layers over the whole group (``RoutingRecorder.loss``), or 0."""
 
     token_loss: torch.Tensor
     answer_tokens: torch.Tensor
-    balance_loss: torch.Tensor | float
+    router_loss: torch.Tensor | float
 
 
 class UniMoE(nn.Module):
@@ -82,10 +91,7 @@ class UniMoE(nn.Module):
         self.config = config
         self.recorder = RoutingRecorder()
         self.language = build_llama(config.language, vocab_size) if llama is None else LlamaForCausalLM(llama)
-        hidden = self.language.config.hidden_size
-        self.connectors = nn.ModuleDict(
-            {m: build_connector(m, feature_dims[m], hidden, config.connector_of(m), config.video) for m in MODALITIES}
-        )
+        self.connectors = build_connectors(feature_dims, self.language.config.hidden_size, config)
 
     @property
     def max_positions(self) -> int:
@@ -118,7 +124,7 @@ class UniMoE(nn.Module):
         and no attention mask is needed. Raises UnimoeError when it is longer than ``max_positions``."""
         self._check_length(batch, 0)
         embeddings = self.embed(batch)
-        self.recorder.start(batch.mask.reshape(-1))
+        self.recorder.start(batch.mask.reshape(-1), token_kinds(batch.input_ids[batch.mask]), len(batch.mask))
         decoder = self.language.get_decoder()
         hidden = decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         targets = batch.labels[:, 1:].reshape(-1)
@@ -126,8 +132,7 @@ class UniMoE(nn.Module):
         answers = hidden[:, :-1].reshape(-1, hidden.shape[-1])[index]
         logits = self.language.get_output_embeddings()(answers)
         loss = F.cross_entropy(logits.float(), targets[index], reduction="sum")
-        balance = self.recorder.balance_loss(self.config.moe.balance_over_layers)
-        return Loss(loss, index.new_tensor(len(index)), balance)
+        return Loss(loss, index.new_tensor(len(index)), self.recorder.loss(self.config.moe))
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, eos_token_id: int) -> torch.Tensor:
