@@ -6,7 +6,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 # Where this is set, every worker process would compile all it imports again: 7 s each.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help install demo test slow lint bench clean
+.PHONY: help install demo test slow lint bench manifests clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -22,6 +22,7 @@ help:
 	echo "make test   the quick tests (make slow: the slow ones, resumable)"
 	echo "make lint   ruff check and format check"
 	echo "make bench  the benchmarks"
+	echo "make manifests  render k8s/ again, after a change of the configuration or of unimoe_ray/kuberay"
 	echo "make clean  remove the environment and caches (runs/ stays)"
 
 install: $(STAMP)
@@ -66,6 +67,11 @@ lint: $(STAMP)
 bench: $(STAMP)
 	@shopt -s nullglob
 	for b in benchmarks/*.py; do echo "== $$b"; $(PY) "$$b"; done
+
+manifests: $(STAMP)
+	@for made in cpu-mini:mini gpu:uni-moe-7b-4e gpu-spot:uni-moe-7b-4e kueue:uni-moe-7b-4e; do
+	  $(PY) -m unimoe_ray.cli k8s render --config "$${made#*:}" --overlay "$${made%:*}"
+	done
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .slow

@@ -58,6 +58,11 @@ class ApiServer:
         command = [self.kubectl_path, *map(str, arguments)]
         return subprocess.run(command, input=stdin, capture_output=True, text=True, env=environment, timeout=60)
 
+    def clear(self, namespace: str) -> None:
+        """Delete all Ray resources of a namespace."""
+        answer = self.kubectl("-n", namespace, "delete", "rayclusters,rayjobs,rayservices", "--all")
+        assert answer.returncode == 0, answer.stderr
+
     def create(self, document: dict[str, Any]) -> tuple[int, str]:
         """Ask the server, strictly, whether it would take a document; nothing is stored. Status code and message."""
         namespace, plural = document["metadata"].get("namespace", "default"), f"{document['kind'].lower()}s"

@@ -52,8 +52,16 @@ def test_the_linter_would_find_something(tmp_path):
 
 
 def test_the_image_runs_as_the_user_of_the_manifests_with_pinned_packages():
+    from unimoe_ray import __version__
+    from unimoe_ray.config.kubernetes import KubernetesConfig
     from unimoe_ray.kuberay.pods import USER, VOLUME
 
+    assert KubernetesConfig().image_tag == __version__
+    for variant in ("cpu", "cuda"):
+        assert (
+            f"VARIANT={variant} " in DOCKERFILE.read_text()
+            and f"unimoe-ray:{__version__}-{variant}" in DOCKERFILE.read_text()
+        )
     build, last = stages()
     assert build.base.endswith(" AS build") and " AS " not in last.base
     assert last.all("USER") == [f"{USER}:{USER}"] and last.all("WORKDIR") == [VOLUME]

@@ -66,7 +66,7 @@ def test_what_is_committed_is_what_is_rendered(overlay):
     preset = OVERLAYS[overlay].preset
     files = render(config.load(preset), OVERLAYS[overlay], sizes(preset), preset)
     differing = [path for path, text in files.items() if (ROOT / "k8s" / path).read_text(encoding="utf-8") != text]
-    assert not differing, f"render again: unimoe k8s render --config {preset} --overlay {overlay}"
+    assert not differing, "render again: make manifests"
     there = {
         str(path.relative_to(ROOT / "k8s"))
         for folder in {str(Path(path).parent) for path in files}
@@ -105,6 +105,7 @@ def test_every_overlay_has_a_cluster_a_job_for_each_stage_and_the_endpoint(overl
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_the_api_server_takes_every_ray_document_and_stores_it_with_defaults_only(api_server, overlay):
     documents = of_kind(overlay, *KINDS)
+    api_server.clear("unimoe")
     answer = api_server.kubectl(
         "apply", "--server-side", "--field-manager=test", "--force-conflicts", "-f", "-",
         stdin=yaml.safe_dump_all(documents),

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.kubernetes.conftest import kubectl
+from tests.kubernetes.conftest import ApiServer, kubectl
 from tests.kubernetes.core_api import CoreApi
 from tests.kubernetes.ray_documents import play_status, true
 from unimoe_ray.kuberay.client import Cluster, connect
@@ -46,7 +46,9 @@ def test_the_readme_has_these_commands():
 
 
 @pytest.fixture
-def cluster(front: CoreApi, tmp_path) -> Cluster:
+def cluster(front: CoreApi, api_server: ApiServer, tmp_path) -> Cluster:
+    """Without what other tests of this session may have left in the namespace."""
+    api_server.clear("unimoe")
     return connect(front.kubeconfig(tmp_path / "kubeconfig"), namespace="unimoe")
 
 
