@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from unimoe_ray.config import Config, parse
+from unimoe_ray.config.data import SPLITS
 from unimoe_ray.config.model import MODALITIES, PLACEHOLDER_IDS
 from unimoe_ray.data import prepare
 from unimoe_ray.data.features import TOWER_OF
@@ -96,7 +97,7 @@ def make_tiny_run(root: Path, **changes) -> TinyRun:
     prepare.data_dir(config).mkdir(parents=True)
     tokenizer.save(str(prepare.tokenizer_path(config)))
     samples = [_sample(task, kinds, i, rng, partitions) for task, kinds in TASKS.items() for i in range(15)]
-    for split in prepare.SPLITS:
+    for split in SPLITS:
         write_samples(prepare.data_dir(config) / f"{split}.arrow", samples)
     (prepare.data_dir(config) / "prepared.json").write_text(json.dumps({"stamp": "", "partitions": partitions}))
     vocab = tokenizer.get_vocab_size()

@@ -20,6 +20,7 @@ from unimoe_ray.data import prepare as preparing
 from unimoe_ray.data.encode import EncodeSettings
 from unimoe_ray.data.features import TOWER_OF
 from unimoe_ray.data.pretrained import load_pretrained_tokenizer
+from unimoe_ray.data.sources import absolute, sources_of
 from unimoe_ray.data.tokenizer import load_tokenizer
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.evaluation import evaluate as evaluating
@@ -44,9 +45,9 @@ def open_run(config: Config) -> Iterator[Path]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UnimoeError(f"{folder}: another command is using this run folder") from None
-            # The data folder is found again from wherever the run is used.
-            data = config.data.model_copy(update={"dir": str(Path(config.data.dir).resolve())})
-            (folder / "config.yaml").write_text(dump(config.model_copy(update={"data": data})), encoding="utf-8")
+            # The data are found again from wherever the run is used.
+            found = config.model_copy(update={"data": absolute(config.data)})
+            (folder / "config.yaml").write_text(dump(found), encoding="utf-8")
             yield folder
     except OSError as error:
         raise UnimoeError(f"{error.filename or folder}: {error.strerror or error}") from error
@@ -61,7 +62,7 @@ def session(config: Config) -> Iterator[TrainProgress]:
 
 def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
     """The suite (for the embedded default), the feature store and the tokenised samples."""
-    root = mini.suite(config, progress.message) if config.data.source == "mini" else Path(config.data.source)
+    suite = mini.suite(config, progress.message) if config.data.is_mini else None
     towers = load_towers(config)
     dims = {modality: towers[TOWER_OF[modality]].feature_dim for modality in MODALITIES}
     settings = EncodeSettings(
@@ -77,7 +78,7 @@ def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
     del towers
     result = preparing.prepare(
         config,
-        root.resolve(),
+        sources_of(absolute(config.data), suite and suite.resolve()),
         settings,
         lambda kind, lengths: connectors[kind].soft_tokens(lengths),
         cluster.workers(config),
@@ -161,10 +162,8 @@ def evaluate(
     stage: str | None = None,
 ) -> Evaluation:
     """Answers of the run's last finished model on a held-out split."""
-    root = mini.suite(config, progress.message) if config.data.source == "mini" else Path(config.data.source)
     return evaluating.evaluate(
         config,
-        root.resolve(),
         model_dir=evaluating.final_model(config, stage),
         split=split,
         tasks=tasks,

@@ -13,6 +13,7 @@ import soundfile
 from PIL import Image
 
 from tests.tiny import tiny_config
+from unimoe_ray.config.data import SourceConfig
 from unimoe_ray.config.model import MODALITIES
 from unimoe_ray.data import prepare as preparing
 from unimoe_ray.data.encode import EncodeSettings
@@ -109,7 +110,7 @@ def test_good_files_are_encoded_once_and_broken_ones_are_quarantined(cluster, tm
         seen = []
         result = preparing.prepare(
             config,
-            tmp_path / "source",
+            [SourceConfig(path=str(tmp_path / "source"))],
             settings,
             lambda kind, lengths: connectors[kind].soft_tokens(lengths),
             2,
@@ -137,7 +138,7 @@ def test_good_files_are_encoded_once_and_broken_ones_are_quarantined(cluster, tm
     assert by_id["image"].soft_tokens == [16] and by_id["video"].soft_tokens == [4, 6]
     assert by_id["mixed"].soft_tokens == [13, 16] and by_id["frames"].group == "video"
     for index, good in enumerate(GOOD):
-        files = preparing.resolve(parse_record(good, index), tmp_path / "source").media
+        files = parse_record(good, index, locate=lambda _, path: str(tmp_path / "source" / path)).media
         for name, item in zip(by_id[good["id"]].media, files, strict=True):
             wanted = encode_files(towers[TOWER_OF[item.kind]], [decode_media(item, 2, config.data)])[0]
             found = read_features(source, name)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import av
 import numpy as np
 import soundfile
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from unimoe_ray.data.locations import BadMedia, MediaBytes, reason
 
 SAMPLE_RATE = 16_000
 MAX_PIXELS = 64_000_000
@@ -34,19 +34,7 @@ _BROKEN_IMAGE = (
     *(struct.error, zlib.error, Image.DecompressionBombError, RuntimeError),  # RuntimeError: AVIF
 )
 
-Source = str | Path | BinaryIO
-
-
-class BadMedia(Exception):
-    """A file that can't be read, with the reason in one line (file name included)."""
-
-
-class MediaBytes(io.BytesIO):
-    """A media file in memory; ``name`` stands for it in error messages."""
-
-    def __init__(self, data: bytes, name: str):
-        super().__init__(data)
-        self.name = name
+Source = str | Path | MediaBytes
 
 
 def load_image(path: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -63,7 +51,7 @@ def load_image(path: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except UnidentifiedImageError:
         raise BadMedia(f"{_name(path)}: not an image that can be read") from None
     except _BROKEN_IMAGE as error:
-        raise BadMedia(f"{_name(path)}: {_reason(error)}") from None
+        raise BadMedia(f"{_name(path)}: {reason(error)}") from None
 
 
 def load_audio(path: Source, max_seconds: float = MAX_SECONDS) -> np.ndarray:
@@ -71,7 +59,7 @@ def load_audio(path: Source, max_seconds: float = MAX_SECONDS) -> np.ndarray:
     try:
         wave = _decode_with_av(path, max_seconds) if _is_container(path) else _read(path, max_seconds)
     except (av.error.FFmpegError, soundfile.LibsndfileError, OSError, ValueError) as error:
-        raise BadMedia(f"{_name(path)}: {_reason(error)}") from None
+        raise BadMedia(f"{_name(path)}: {reason(error)}") from None
     if not len(wave):
         raise BadMedia(f"{_name(path)}: has no sound samples")
     if not np.isfinite(wave).all():
@@ -109,7 +97,7 @@ def load_video(
                 if len(kept) >= max(2 * frames, most):
                     kept, stride = kept[::2], stride * 2
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise BadMedia(f"{_name(path)}: {_reason(error)}") from None
+        raise BadMedia(f"{_name(path)}: {reason(error)}") from None
     if not kept:
         raise BadMedia(f"{_name(path)}: has no video frames")
     return pick_frames(kept, frames)
@@ -188,9 +176,3 @@ def _concatenate(frames: Iterator[av.AudioFrame], path: Source, limit: int | Non
 def _then_none(frames: Iterator[av.AudioFrame]) -> Iterator[av.AudioFrame | None]:
     yield from frames
     yield None  # flushes the resampler
-
-
-def _reason(error: Exception) -> str:
-    """What libsndfile, FFmpeg or the system says; the whole text would name the Python object that is read."""
-    said = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
-    return " ".join(said.split()) or type(error).__name__

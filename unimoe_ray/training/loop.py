@@ -45,7 +45,7 @@ def train(job: Job) -> None:
     groups = make_trainable(model, run)
     engine = initialize(model, groups, config.training, run.weight_decay, device)
 
-    mixture = Mixture.build(job.tasks, SampleTable(Path(job.source.samples)).by_task())
+    mixture = Mixture.build(job.tasks, SampleTable(Path(job.source.samples)).by_task(), job.source.spans)
     plan = planned_micro_batches(
         job.source,
         mixture,
