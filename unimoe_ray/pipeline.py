@@ -6,6 +6,7 @@ import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from unimoe_ray import cluster
 from unimoe_ray.config import Config, dump
 from unimoe_ray.config.model import MODALITIES
 from unimoe_ray.config.training import STAGES
+from unimoe_ray.data import check as checking
 from unimoe_ray.data import prepare as preparing
 from unimoe_ray.data.encode import EncodeSettings
 from unimoe_ray.data.features import TOWER_OF
@@ -29,7 +31,9 @@ from unimoe_ray.mini import source as mini
 from unimoe_ray.model.connectors import build_connector
 from unimoe_ray.model.language import pretrained_config
 from unimoe_ray.progress import TrainProgress, follow_metrics
-from unimoe_ray.towers import load_tower, load_towers
+from unimoe_ray.report.check import write_check_page
+from unimoe_ray.tables import check_summary
+from unimoe_ray.towers import TOWERS, load_tower, load_towers, sketch_tower
 from unimoe_ray.training import checkpoint
 from unimoe_ray.training.checkpoint import ModelInfo
 
@@ -90,6 +94,35 @@ def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
         f"{result.quarantined} records in quarantine)"
     )
     return result
+
+
+def check(config: Config, progress: TrainProgress) -> bool:
+    """Look over the data without encoding them: ``check/`` of the run folder gets index.html, check.json and
+    quarantine.jsonl. Returns whether the data can be prepared."""
+    suite = mini.suite(config, progress.message) if config.data.is_mini else None
+    folder = config.run_dir / "check"
+    folder.mkdir(parents=True, exist_ok=True)
+    towers = {modality: sketch_tower(config, modality) for modality in TOWERS}
+    connectors = {
+        m: build_connector(m, towers[TOWER_OF[m]].feature_dim, 1, config.model.connector_of(m), config.model.video)
+        for m in MODALITIES
+    }
+    with open(folder / "quarantine.jsonl", "w", encoding="utf-8") as quarantine:
+        found = checking.check(
+            config,
+            sources_of(absolute(config.data), suite and suite.resolve()),
+            lambda kind, decoded: connectors[kind].soft_tokens(towers[TOWER_OF[kind]].tokens_for(decoded)),
+            folder,
+            progress.count,
+            lambda entry: quarantine.write(json.dumps(entry) + "\n"),
+        )
+    plain = vars(found) | {"repeats": [asdict(repeat) for repeat in found.repeats]}
+    (folder / "check.json").write_text(json.dumps(plain, indent=1), encoding="utf-8")
+    write_check_page(folder / "index.html", config.name, plain)
+    progress.message(check_summary(found))
+    usable = found.usable(config.data.max_bad_fraction)
+    progress.message(f"{'usable' if usable else 'NOT usable'}; see {folder / 'index.html'}")
+    return usable
 
 
 def train(config: Config, stage: str, progress: TrainProgress) -> None:

@@ -20,7 +20,7 @@ PRAGMA synchronous = OFF;
 PRAGMA cache_size = -16384;
 CREATE TABLE ids (split TEXT, id TEXT, uses INTEGER, PRIMARY KEY (split, id)) WITHOUT ROWID;
 CREATE TABLE keys (paths BLOB PRIMARY KEY, key TEXT, fault TEXT) WITHOUT ROWID;
-CREATE TABLE media (number INTEGER PRIMARY KEY, name TEXT UNIQUE, paths TEXT, uses INTEGER, fault TEXT);
+CREATE TABLE media (number INTEGER PRIMARY KEY, name TEXT UNIQUE, paths TEXT, tokens INTEGER, fault TEXT);
 CREATE TABLE samples (
     number INTEGER PRIMARY KEY, split TEXT, source INTEGER, written TEXT, content BLOB, value TEXT,
     UNIQUE (content, split, written, number)
@@ -85,9 +85,7 @@ class Catalog:
         )
         for item, name in zip(sample.media, names, strict=True):
             self.db.execute(
-                "INSERT INTO media (name, paths, uses) VALUES (?, ?, 1) "
-                "ON CONFLICT (name) DO UPDATE SET uses = uses + 1",
-                (name, json.dumps(item.paths)),
+                "INSERT INTO media (name, paths) VALUES (?, ?) ON CONFLICT DO NOTHING", (name, json.dumps(item.paths))
             )
 
     def add_bad(self, split: str, bad: BadRecord) -> None:
@@ -110,9 +108,13 @@ class Catalog:
         while part := rows.fetchmany(page):
             yield {name: Media(name.partition("/")[0], tuple(json.loads(paths))) for name, paths in part}
 
-    def mark_faults(self, faults: dict[str, str]) -> None:
-        """Why media can't be used, by name."""
-        self.db.executemany("UPDATE media SET fault = ? WHERE name = ?", [(why, name) for name, why in faults.items()])
+    def mark(self, name: str, tokens: int | None, fault: str | None) -> None:
+        """How many soft tokens a media file becomes, or why it can't be used."""
+        self.db.execute("UPDATE media SET tokens = ?, fault = ? WHERE name = ?", (tokens, fault, name))
+
+    def tokens(self, name: str) -> int:
+        """As marked."""
+        return self._one("SELECT tokens FROM media WHERE name = ?", (name,))[0]
 
     def fault(self, names: list[str]) -> str | None:
         """The reason of the first of these media that has one."""
@@ -142,6 +144,10 @@ class Catalog:
             )
             found.append(Repeat(count, *((split, json.loads(value)[0]) for split, value in (first, second))))
         return total[0], found
+
+    def copies(self) -> int:
+        """How many media files have the content of another one."""
+        return self._one("SELECT COUNT(key) - COUNT(DISTINCT key) FROM keys", ())[0]
 
     def _key(self, paths: tuple[str, ...]) -> str:
         """The content key of a media file, read once however often it is used."""

@@ -92,7 +92,8 @@ def prepare(
         quarantine(config, catalog, records)
         for page in catalog.media(MEDIA_PAGE):
             broken, encoded = encode_missing(page, settings, workers, partial(on_progress, "encoding media"))
-            catalog.mark_faults(broken)
+            for name, fault in broken.items():
+                catalog.mark(name, None, fault)
             summary.encoded += encoded
         stores = {kind: FeatureStore(folder) for kind, folder in partitions.items()}
         template = make_run_template(config, catalog, pretrained, tokenizer_path(config))
