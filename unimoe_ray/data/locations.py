@@ -116,6 +116,8 @@ def content_key(locations: Iterable[str], max_bytes: int) -> str:
 
 def reason(error: Exception) -> str:
     """One line of an error: what the system, FFmpeg or libsndfile says, without the Python object that was read."""
+    if isinstance(error, FileNotFoundError):
+        return "No such file or directory"
     said = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
     return " ".join(said.split()) or type(error).__name__
 
@@ -271,7 +273,7 @@ def _zip(archive: str, version: int) -> zipfile.ZipFile:
 def _parquet(table: str, version: int):
     from pyarrow import parquet
 
-    return parquet.ParquetFile(open_file(table))
+    return parquet.ParquetFile(open_file(table), pre_buffer=False)
 
 
 @lru_cache(maxsize=4)

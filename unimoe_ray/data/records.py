@@ -109,7 +109,7 @@ def read_parquet(url: str) -> Iterator[Raw]:
     from pyarrow import parquet
 
     try:
-        with open_file(url) as file, parquet.ParquetFile(file) as table:
+        with open_file(url) as file, parquet.ParquetFile(file, pre_buffer=False) as table:
             columns = table.schema_arrow.names
             if "conversations" not in columns:
                 raise UsageError(f"{url}: has no column 'conversations'; it has {', '.join(columns)}")
@@ -188,8 +188,8 @@ class _Text:
         while True:
             try:
                 value, end = self.json.raw_decode(self.text, self.position)
-                # A number at the end of what was read may go on.
-                if end < len(self.text) or not self.more():
+                # A number near the end of what was read may go on (1, 1., 1.5e+, 1.5e+7).
+                if end + 3 <= len(self.text) or not self.more():
                     self.position = end
                     return value
             except RecursionError:

@@ -47,11 +47,11 @@ class _Record(BaseModel):
     id: Annotated[str | int | None, AfterValidator(_is_unicode)] = None
     task: Text = "default"
     conversations: list[Turn] = Field(min_length=1)
-    image: str | list[str] = []
-    audio: str | list[str] = []
-    speech: str | list[str] = []
-    voice: str | list[str] = []
-    video: str | list[str] | list[list[str]] = []
+    image: str | list[str] = Field(default_factory=list)
+    audio: str | list[str] = Field(default_factory=list)
+    speech: str | list[str] = Field(default_factory=list)
+    voice: str | list[str] = Field(default_factory=list)
+    video: str | list[str] | list[list[str]] = Field(default_factory=list)
 
     @field_validator("image", "audio", "speech", "voice", "video")
     @classmethod
