@@ -112,8 +112,7 @@ def parse_record(
         parsed = _Record.model_validate(record)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "record"
-        raise BadSample(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise BadSample(f"{_where(first['loc'], record)}: {first['msg'].removeprefix('Value error, ')}") from None
     extra = parsed.model_extra or {}
     if held_out:
         _fill_answer(parsed.conversations[-1], extra)
@@ -122,6 +121,17 @@ def parse_record(
     sample_id = next((i for i in (parsed.id, extra.get("question_id")) if isinstance(i, str | int)), index)
     name = parsed.task if task is None or "task" in parsed.model_fields_set else task
     return Sample(_unicode_or_bad("id", str(sample_id)), name, turns, media, extra)
+
+
+def _where(loc: tuple[str | int, ...], value: Any) -> str:
+    """The place of an error; pydantic adds the names of types where several are allowed."""
+    parts = []
+    for part in loc:
+        if not isinstance(value, dict) and not (isinstance(value, list) and part in range(len(value))):
+            break
+        parts.append(str(part))
+        value = value.get(part) if isinstance(value, dict) else value[part]
+    return ".".join(parts) or "record"
 
 
 def _fill_answer(last: Turn, extra: dict[str, Any]) -> None:
