@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections import deque
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -234,17 +235,24 @@ def _mixed(frames: Iterator[av.AudioFrame]) -> Iterator[av.AudioFrame]:
 
 
 def _concatenate(frames: Iterator[av.AudioFrame], path: Source, limit: int | None = None) -> np.ndarray:
+    """Mono frames to one wave at 16 kHz: ceil(seconds * 16,000) samples of what the frames hold in seconds."""
     resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
-    parts, total = [], 0
+    parts, total, seconds = [], 0, Fraction(0)
     for frame in _then_none(frames):
-        if frame is not None and not RATES[0] <= frame.sample_rate <= RATES[1]:
-            raise BadMedia(f"{_name(path)}: sampled at {frame.sample_rate} Hz; {RATES[0]} to {RATES[1]} Hz are allowed")
+        if frame is not None:
+            if not RATES[0] <= frame.sample_rate <= RATES[1]:
+                raise BadMedia(
+                    f"{_name(path)}: sampled at {frame.sample_rate} Hz; {RATES[0]} to {RATES[1]} Hz are allowed"
+                )
+            seconds += Fraction(frame.samples, frame.sample_rate)
         for piece in resampler.resample(frame):
             parts.append(piece.to_ndarray()[0])
             total += len(parts[-1])
         if limit is not None and total > limit:
             raise BadMedia(f"{_name(path)}: longer than {limit / SAMPLE_RATE:g} s")
-    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    length = math.ceil(seconds * SAMPLE_RATE)
+    # The resampler gives a sample more or less, depending on the rate.
+    return np.concatenate([*parts, np.zeros(max(0, length - total), np.float32)])[:length]
 
 
 def _then_none(frames: Iterator[av.AudioFrame]) -> Iterator[av.AudioFrame | None]:
