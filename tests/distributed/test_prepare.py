@@ -1,16 +1,21 @@
 """Real files through real (randomly weighted) towers in Ray Data's actors; broken ones end in quarantine."""
 
+import base64
 import json
 import re
+import tarfile
+import zipfile
 from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 import soundfile
 from PIL import Image
+from pyarrow import parquet
 
 from tests.tiny import tiny_config
 from unimoe_ray.config.data import SourceConfig
@@ -151,3 +156,56 @@ def test_good_files_are_encoded_once_and_broken_ones_are_quarantined(cluster, tm
     assert (again.encoded, again.samples) == (0, result.samples)
     assert ("encoding media", 6, 6) in seen
     assert prepare("second")[1:] == (again, [])
+
+
+def test_media_in_archives_cells_and_data_urls_are_read_by_the_actors(cluster, tmp_path):
+    """The same files as they are and packed: the same names, the same features, encoded once."""
+    first, second = picture(tmp_path / "whole.png", 0), picture(tmp_path / "other.png", 1)
+    changes = {"mini": {"random_towers": True}}
+    tower = load_tower(tiny_config(tmp_path, **changes), "image")
+    fingerprints = {kind: tower.fingerprint() for kind in MODALITIES}
+
+    def prepare(name: str, store: str, sources: list[SourceConfig]):
+        config = tiny_config(tmp_path, name=name, **changes)
+        load = partial(load_tower, config)
+        settings = EncodeSettings(str(tmp_path / store), fingerprints, 2, config.data, load)
+        result = preparing.prepare(config, sources, settings, lambda _, lengths: sum(lengths), 2, lambda *_: None)
+        return result.encoded, preparing.source(config, "train")
+
+    with zipfile.ZipFile(tmp_path / "m.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(first, "deep/first.png")
+    with tarfile.open(tmp_path / "m.tar", "w") as archive:
+        archive.add(second, "second.png")
+    inline = f"data:image/png;base64,{base64.b64encode(second.read_bytes()).decode()}"
+    packed = {
+        "zipped": record("zipped", "<image> x?", image="deep/first.png"),
+        "tarred": record("tarred", "<video> x?", video=["second.png", "second.png"]),
+        "inline": record("inline", "<image> y?", image=inline),
+    }
+    for name, entry in packed.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps([entry]))
+    row = record("cell", "<image> z?", image={"bytes": first.read_bytes(), "path": None})
+    parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "cell.parquet")
+    sources = [
+        SourceConfig(path=str(tmp_path / "zipped.json"), media=str(tmp_path / "m.zip")),
+        SourceConfig(path=str(tmp_path / "tarred.json"), media=str(tmp_path / "m.tar"), weight=2),
+        SourceConfig(path=str(tmp_path / "inline.json")),
+        SourceConfig(path=str(tmp_path / "cell.parquet")),
+    ]
+    encoded, found = prepare("packed", "one", sources)
+    assert encoded == 3  # two pictures and a video
+    assert [(span.first, span.weight) for span in found.spans] == [(0, 1.0), (1, 2.0), (2, 1.0), (3, 1.0)]
+
+    plain = [record("a", "<image> x?", image="whole.png"), record("b", "<video> x?", video=["other.png"] * 2)]
+    plain += [record("c", "<image> y?", image="other.png"), record("d", "<image> z?", image="whole.png")]
+    (tmp_path / "train.json").write_text(json.dumps(plain))
+    alone = [SourceConfig(path=str(tmp_path / "train.json"))]
+    assert prepare("plain", "one", alone)[0] == 0
+    encoded, other = prepare("anew", "two", alone)
+    assert encoded == 3
+    rows = [SampleTable(Path(source.samples)) for source in (found, other)]
+    for index in range(4):
+        media = rows[0].get(index).media
+        assert media == rows[1].get(index).media
+        for name in media:
+            np.testing.assert_array_equal(read_features(found, name).values, read_features(other, name).values)

@@ -136,7 +136,7 @@ def test_data_urls_and_bare_base64(expected, tmp_path):
     content = RNG.bytes(160)
     (tmp_path / "big.bin").write_bytes(content)
     both = [
-        {"id": "a", "image": base64.b64encode(content).decode(), "conversations": turns("<image>")},
+        {"id": "a", "image": base64.encodebytes(content).decode(), "conversations": turns("<image>")},
         {"id": "b", "image": "big.bin", "conversations": turns("<image> b")},
     ]
     path.write_text(json.dumps(both))
@@ -208,6 +208,7 @@ def _field(entry: dict, path: str) -> str:
 
 def test_endings_of_webdataset_members_say_what_they_are(tmp_path):
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        add(tar, "._a.jpg", b"what a Mac leaves")
         add(tar, "a.jpg", FILES["media/a.jpg"])
         add(tar, "a.MP3", FILES["media/d.mp3"])
         add(tar, "a.json", json.dumps({"conversations": turns("<image> <audio>")}).encode())

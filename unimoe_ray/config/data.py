@@ -38,7 +38,7 @@ class DataConfig(Strict):
     """``dir`` holds what is shared by runs: the suite and the feature store."""
 
     dir: str = "data"
-    source: str = Field("mini", description="'mini', or a folder with train.json, dev.json and test.json")
+    source: str = Field("mini", description="'mini', or a folder of the splits train, dev and test")
     sources: list[SourceConfig] = Field([], description="instead of data.source: any number of sources")
     template: Literal["compact", "vicuna_v1"] = Field(
         "compact", description="how conversations become tokens; vicuna_v1 with model.language.pretrained"

@@ -211,7 +211,7 @@ def _read_data_url(_: str, url: str, name: str, max_bytes: int) -> bytes:
 
 def _read_zip(inner: str, archive: str, name: str, max_bytes: int) -> bytes:
     try:
-        file = _zip(archive, _version(archive))
+        file = _zip(archive, version(archive))
         member = file.getinfo(unquote(inner))
         if stat.S_ISLNK(member.external_attr >> 16):
             raise BadMedia(f"{name}: a link, not a file")
@@ -240,7 +240,7 @@ def _read_tar(inner: str, archive: str, name: str, max_bytes: int) -> bytes:
 def _read_cell(inner: str, table: str, name: str, max_bytes: int) -> bytes:
     row, column, *index = inner.split("/")
     with _TABLES:
-        value = _row(table, _version(table), unquote(column), int(row))
+        value = _row(table, version(table), unquote(column), int(row))
     for i in index:
         value = value.values[int(i)]
     if isinstance(value, pa.StructScalar):
@@ -259,7 +259,7 @@ def _row(table: str, version: int, column: str, row: int) -> pa.Scalar:
     raise BadMedia(f"{table}: has no such row")
 
 
-def _version(path: str) -> int:
+def version(path: str) -> int:
     """Something that changes when a local file does; what is at a URL is taken to stay."""
     return 0 if is_url(path) else Path(path).stat().st_mtime_ns
 

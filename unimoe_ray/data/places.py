@@ -12,12 +12,12 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from unimoe_ray.config.data import MEDIA_FIELDS
-from unimoe_ray.data.locations import is_url, open_file, tar_member, zip_member
+from unimoe_ray.data.locations import is_url, open_file, tar_member, version, zip_member
 from unimoe_ray.data.schema import BadSample
 from unimoe_ray.errors import UsageError
 
 # The official evaluation takes a picture's base64 in place of its path, from this length on.
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{198,}={0,2}")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{198,}={0,2}\s*")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Place:
         if path.startswith("data:"):
             return path
         if len(path) >= 200 and _BASE64.fullmatch(path):
-            return f"data:;base64,{path}"
+            return f"data:;base64,{''.join(path.split())}"
         if is_url(path):
             if not path.startswith(f"{self.root.rstrip('/')}/"):
                 raise BadSample(f"{path}: a URL outside of {self.root}")
@@ -49,7 +49,7 @@ class Place:
         if self.root.endswith(".zip"):
             return zip_member(inner, self.root)
         if self.root.endswith(".tar"):
-            found = _members(self.root).get(inner, "no such file in the tar")
+            found = _members(self.root, version(self.root)).get(inner, "no such file in the tar")
             if isinstance(found, str):
                 raise BadSample(f"{self.root}:{path}: {found}")
             return tar_member(inner, *found, self.root)
@@ -109,7 +109,7 @@ def _is_packed(archive: str) -> bool:
 
 
 @lru_cache(maxsize=4)
-def _members(archive: str) -> dict[str, tuple[int, int] | str]:
+def _members(archive: str, changed: int) -> dict[str, tuple[int, int] | str]:
     """Offset and size of each file of a tar, or why it is not taken for one."""
     return {
         posixpath.normpath(member.name): member_fault(member) or (member.offset_data, member.size)

@@ -131,9 +131,9 @@ def read_webdataset(url: str) -> Iterator[Raw]:
     """
     index, group = 0, None
     for tar, member in tar_files(url):
-        if member.isdir():
-            continue
         folder, name = posixpath.split(posixpath.normpath(member.name))
+        if member.isdir() or name.startswith((".", "__")):  # what systems and tools leave behind
+            continue
         stem, _, ending = name.partition(".")
         key = posixpath.join(folder, stem)
         if group is not None and key != group.key:

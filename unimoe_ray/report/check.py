@@ -155,7 +155,10 @@ def _bad(found: Mapping[str, Any]) -> list[Html]:
 def _examples(examples: list[Mapping[str, Any]]) -> Html:
     cards = []
     for example in examples:
-        media = [tag("p", f"{item['kind']}: ", tag("code", item["path"]), class_="muted") for item in example["media"]]
+        media = [
+            tag("p", f"{item['kind']}: ", tag("code", item["path"]), class_="muted", style="overflow-wrap:anywhere")
+            for item in example["media"]
+        ]
         facts = f"{example['split']} {example['id']}, {example['task']}, {example['tokens']} tokens"
         question = tag("p", example["question"], class_="question")
         cards.append(
