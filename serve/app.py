@@ -9,14 +9,12 @@ import yaml
 from ray import serve
 from ray.serve import Application
 
-from serve.autoscaling import deployment_options
 from unimoe_ray import config
 from unimoe_ray.config import Config
+from unimoe_ray.config.serve_options import DEPLOYMENTS, deployment_options, serve_config
 from unimoe_ray.data.features import TOWER_OF
 from unimoe_ray.evaluation.evaluate import final_model
 from unimoe_ray.training.checkpoint import fingerprint
-
-DEPLOYMENTS = ("image", "speech", "audio", "language", "ingress")
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -49,27 +47,6 @@ def application(settings: Config) -> Application:
         {kind: towers[tower] for kind, tower in TOWER_OF.items()},
         language,
     )
-
-
-def serve_config(settings: Config) -> dict[str, Any]:
-    """The same as a Serve config file, for ``serve deploy`` and for KubeRay's ``serveConfigV2``."""
-    serving = settings.serving
-    return {
-        "proxy_location": "EveryNode",
-        "http_options": {"host": serving.host, "port": serving.port},
-        "applications": [
-            {
-                "name": settings.name,
-                "route_prefix": "/",
-                "import_path": "serve.app:build",
-                "args": {
-                    "run": str(settings.run_dir.resolve()),
-                    "serving": serving.model_dump(mode="json", exclude_defaults=True),
-                },
-                "deployments": [deployment_options(name, getattr(serving, name)) for name in DEPLOYMENTS],
-            }
-        ],
-    }
 
 
 def write_config(settings: Config, path: Path) -> None:

@@ -43,11 +43,12 @@ class Task:
 @dataclass(frozen=True)
 class Started:
     """The first thing a language model says of a task. media_bytes: size of each file's soft tokens; experts: names of
-    the expert slots (empty for a dense model)."""
+    the expert slots (empty for a dense model); note: what of the prompt was left out for want of room."""
 
     prompt_tokens: int
     media_bytes: tuple[int, ...]
     experts: tuple[str, ...]
+    note: str = ""
 
 
 class MediaRefused(Exception):

@@ -62,6 +62,10 @@ class Answer:
         prompt = self.started.prompt_tokens
         return {"prompt_tokens": prompt, "completion_tokens": self.tokens, "total_tokens": prompt + self.tokens}
 
+    def shortened(self) -> dict[str, str]:
+        """What of the prompt was left out, if anything."""
+        return {"prompt_shortened": self.started.note} if self.started.note else {}
+
     def expert_load(self) -> dict[str, Any]:
         """Routed slots per modality, sparse layer and expert; modalities without tokens are left out."""
         counts = self.last.expert_load
@@ -109,6 +113,7 @@ class Chat:
             "logprobs": _logprobs(answer.logprobs) if request.logprobs else None,
         }
         extra = {"expert_load": answer.expert_load()} if request.expert_load else {}
+        extra |= answer.shortened()
         return completion(task.request_id, self._model, choices=[choice], usage=answer.usage(), **extra)
 
     async def stream(
@@ -132,7 +137,7 @@ class Chat:
                 yield event({"content": item.text}, logprobs=_logprobs(item.logprobs) if request.logprobs else None)
         yield event({}, answer.finish_reason)
         wants_usage = request.stream_options is not None and request.stream_options.include_usage
-        extra = {"usage": answer.usage()} if wants_usage else {}
+        extra = ({"usage": answer.usage()} if wants_usage else {}) | answer.shortened()
         if request.expert_load:
             extra["expert_load"] = answer.expert_load()
         if extra:

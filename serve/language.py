@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from serve.calls import Started, Task
 from serve.metrics import LanguageMetrics
 from unimoe_ray.config import parse
 from unimoe_ray.data.schema import Media, Sample
+from unimoe_ray.data.shorten import shorten
 from unimoe_ray.inference.async_engine import AsyncEngine
 from unimoe_ray.inference.engine import Engine
 from unimoe_ray.inference.request import Admitted, GenerationRequest, Output
@@ -35,6 +36,7 @@ class LanguageModel:
         torch.set_num_threads(max(1, int(serving.language.num_cpus)) if threads == "auto" else threads)
         model, info, tokenizer = load_model(Path(model_dir))
         self._template = info.make_template(tokenizer)
+        self._shorten = run.data.too_long == "shorten"
         on_gpu = bool(serving.language.num_gpus) and torch.cuda.is_available()
         in_bf16 = serving.engine.precision == "bf16" or (serving.engine.precision == "auto" and on_gpu)
         model.to("cuda" if on_gpu else "cpu", torch.bfloat16 if in_bf16 else torch.float32)
@@ -47,21 +49,38 @@ class LanguageModel:
         """``soft_tokens``: [M, H] of each media file, in the order of the placeholders. Raises RequestRefused."""
         sample = Sample("", "", task.turns, tuple(Media(kind, ()) for kind in task.kinds), {})
         # Not in the event loop: a long text takes seconds, in which no health check would be answered.
-        ids = await asyncio.to_thread(self._template.encode_prompt, sample)
-        request = GenerationRequest(task.request_id, ids, list(soft_tokens), task.params, task.alone)
+        ids, note = await asyncio.to_thread(self._encode, sample, soft_tokens, task.params.max_new_tokens or 1)
+        files = list(soft_tokens[len(soft_tokens) - sum(token < 0 for token in ids) :])
+        request = GenerationRequest(task.request_id, ids, files, task.params, task.alone)
         tokens, ended = 0, False
         try:
             async with aclosing(self._running().generate(request)) as items:
                 async for item in items:
                     if isinstance(item, Admitted):
                         sizes = tuple(values.nbytes for values in soft_tokens)
-                        yield Started(item.prompt_tokens, sizes, self._experts)
+                        yield Started(item.prompt_tokens, sizes, self._experts, note)
                     else:
                         tokens += len(item.token_ids)
                         yield item
             ended = True
         finally:
             logger.info(f"generated {tokens} tokens" if ended else f"left after {tokens} tokens: the slot is free")
+
+    def _encode(self, sample: Sample, soft_tokens: Sequence[np.ndarray], answer: int) -> tuple[list[int], str]:
+        """Ids of the prompt, and what of it was left out for want of room (if ``data.too_long`` allows that; else, or
+        where nothing can be, the engine refuses it). ``answer``: tokens that must fit after it."""
+        ids = self._template.encode_prompt(sample)
+        if self._shorten:
+
+            def fits(part: Sample) -> bool:
+                soft = sum(map(len, soft_tokens[len(soft_tokens) - len(part.media) :]))
+                length = len(self._template.encode_prompt(part)) - len(part.media) + soft
+                return length + answer <= self._engine.max_positions
+
+            shorter = None if fits(sample) else shorten(sample, fits, keep_turns=False)
+            if shorter is not None:
+                return self._template.encode_prompt(shorter.sample), shorter.note
+        return ids, ""
 
     async def ready(self) -> dict:
         """Counters and gauges of the engine. Raises RuntimeError when it no longer runs."""

@@ -44,7 +44,8 @@ class TinyRun:
 
 def tiny_config(root: Path, **changes) -> Config:
     run = {"steps": 3, "batch_size": 8, "tasks": {"see": 2, "watch": 1, "hear": 1, "listen": 1, "ask": 1, "read": 1}}
-    connectors = {f"connector.{m}": 2e-2 for m in MODALITIES}
+    shared = changes.get("model", {}).get("connectors", {}).get("video") == "image"
+    connectors = {f"connector.{m}": 2e-2 for m in MODALITIES if not (shared and m == "video")}
     lora = {"r": 4, "alpha": 8}
     tree = {
         "name": "tiny",
@@ -96,8 +97,9 @@ def make_tiny_run(root: Path, **changes) -> TinyRun:
     tokenizer = train_tokenizer(["one two three four five"], VOCAB)
     prepare.data_dir(config).mkdir(parents=True)
     tokenizer.save(str(prepare.tokenizer_path(config)))
-    samples = [_sample(task, kinds, i, rng, partitions) for task, kinds in TASKS.items() for i in range(15)]
-    for split in SPLITS:
+    video = 4 if config.model.video.pooling == "mean" else 1
+    samples = [_sample(task, kinds, i, rng, partitions, video) for task, kinds in TASKS.items() for i in range(15)]
+    for split in (*SPLITS, prepare.VALIDATION):
         write_samples(prepare.data_dir(config) / f"{split}.arrow", samples)
     (prepare.data_dir(config) / "prepared.json").write_text(json.dumps({"stamp": "", "partitions": partitions}))
     vocab = tokenizer.get_vocab_size()
@@ -165,8 +167,9 @@ def _random_features(kind: str, dim: int, rng: np.random.Generator) -> StoredFea
 
 
 def _sample(
-    task: str, kinds: tuple[str, ...], index: int, rng: np.random.Generator, partitions: dict[str, str]
+    task: str, kinds: tuple[str, ...], index: int, rng: np.random.Generator, partitions: dict[str, str], video: int
 ) -> PreparedSample:
+    """``video``: soft tokens of a video."""
     from unimoe_ray.data.store import FeatureStore
 
     media, counts, ids = [], [], [1]
@@ -174,7 +177,7 @@ def _sample(
         key = f"{rng.integers(12):064d}"
         lengths = FeatureStore(Path(partitions[kind])).lengths(key)
         media.append(f"{kind}/{key}")
-        counts.append(1 if kind == "video" else sum(lengths))
+        counts.append(video if kind == "video" else sum(lengths))
         ids.append(PLACEHOLDER_IDS[kind])
     question = rng.integers(4, 250, size=rng.integers(2, 6)).tolist()
     answer = [*rng.integers(4, 250, size=rng.integers(1, 4)).tolist(), 2]

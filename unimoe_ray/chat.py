@@ -10,6 +10,7 @@ from unimoe_ray.data.media import BadMedia
 from unimoe_ray.data.prompt import plain_text
 from unimoe_ray.data.samples import PreparedSample
 from unimoe_ray.data.schema import Media, Sample
+from unimoe_ray.data.shorten import shorten
 from unimoe_ray.data.store import StoredFeatures
 from unimoe_ray.errors import UnimoeError, UsageError
 from unimoe_ray.evaluation.answer import answer
@@ -30,10 +31,12 @@ class Conversation:
         self._turns: list[tuple[str, str]] = []
         self._media: list[Media] = []
         self._features: dict[str, StoredFeatures] = {}
+        self.note = ""
 
     def ask(self, text: str, media: list[Media]) -> str:
-        """One question about the conversation so far and these files. Raises UnimoeError for a file that can't be read,
-        UsageError when the conversation is longer than the model can take."""
+        """One question about the conversation so far and these files; ``note`` then says what of it was left out, if
+        anything. Raises UnimoeError for a file that can't be read, UsageError when the conversation is longer than the
+        model can take."""
         if not text.strip() and not media:
             raise UsageError("nothing to answer: give a question or a file")
         encoded = {f"{item.kind}/{len(self._media) + i}": self._encode(item) for i, item in enumerate(media)}
@@ -41,12 +44,8 @@ class Conversation:
         turns = (*self._turns, (question, ""))
         sample = Sample("chat", "chat", turns, (*self._media, *media), {})
         features = self._features | encoded
-        names = [f"{item.kind}/{i}" for i, item in enumerate(sample.media)]
-        counts = [self._soft_tokens(name, features[name]) for name in names]
-        prompt = PreparedSample("chat", "chat", sample.group, self._template.encode_prompt(sample), [], names, counts)
-        limit, new = self._model.max_positions, self._config.evaluation.max_new_tokens
-        if prompt.length + new > limit:
-            raise UsageError(f"the conversation has {prompt.length} tokens; at most {limit - new} fit, start a new one")
+        new = self._config.evaluation.max_new_tokens
+        prompt = self._prompt(sample, features, self._model.max_positions - new)
         reply = answer(self._model, self._tokenizer, [prompt], features.__getitem__, batch_size=1, max_new_tokens=new)[
             0
         ]
@@ -54,6 +53,24 @@ class Conversation:
         self._media += media
         self._features = features
         return reply
+
+    def _prompt(self, sample: Sample, features: dict[str, StoredFeatures], room: int) -> PreparedSample:
+        names = [f"{item.kind}/{i}" for i, item in enumerate(sample.media)]
+        counts = [self._soft_tokens(name, features[name]) for name in names]
+
+        def tokenise(part: Sample) -> PreparedSample:
+            ids, gone = self._template.encode_prompt(part), len(names) - len(part.media)
+            return PreparedSample("chat", "chat", part.group, ids, [], names[gone:], counts[gone:])
+
+        prompt, self.note = tokenise(sample), ""
+        if prompt.length > room:
+            shorter = None
+            if self._config.data.too_long == "shorten":
+                shorter = shorten(sample, lambda part: tokenise(part).length <= room, keep_turns=False)
+            if shorter is None:
+                raise UsageError(f"the conversation has {prompt.length} tokens; at most {room} fit, start a new one")
+            prompt, self.note = tokenise(shorter.sample), shorter.note
+        return prompt
 
     def _encode(self, item: Media) -> StoredFeatures:
         try:

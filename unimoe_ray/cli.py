@@ -1,4 +1,4 @@
-"""The command line: ``unimoe prepare | train | eval | chat | serve | export | import | report | doctor``."""
+"""The command line: ``unimoe prepare | train | eval | chat | serve | export | ...``; ``--help`` lists them all."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from unimoe_ray.config.training import STAGES
 from unimoe_ray.errors import UnimoeError, UsageError
 
 EXPORT_FORMATS = ("mixtral", "hf", "official")
+DTYPES = ("fp32", "bf16", "fp16")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -72,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         "--stage", choices=["base", "align", "tune"], help="the model after this stage (default: last)"
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
+    evaluate.add_argument(
+        "--routing", type=Path, metavar="FILE", help="write the experts and weights of every prompt token (Parquet)"
+    )
     evaluate.set_defaults(run=_eval)
 
     chat = commands.add_parser("chat", help="talk to a run's model; without a question, interactively")
@@ -101,7 +105,24 @@ def _parser() -> argparse.ArgumentParser:
     importer.add_argument("--from", dest="form", choices=["official"], required=True, help="what wrote it")
     importer.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="base checkpoint, then what tunes it")
     importer.add_argument("--to", type=Path, required=True, metavar="OUT", help="model folder to make")
+    importer.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: fp32)")
     importer.set_defaults(run=_import)
+
+    placing = commands.add_parser("plan-experts", help="which rank would hold which experts, and why")
+    placing.add_argument(
+        "words", nargs="*", metavar="RUN|FILE|key.sub=value",
+        help="run folder, metrics.jsonl or JSON loads ([layer][expert], or those by kind); configuration overrides",
+    )  # fmt: skip
+    placing.add_argument("--config", default="mini", metavar="PRESET|FILE", help="sizes, without a run (default: mini)")
+    placing.add_argument("--ranks", type=int, default=2, metavar="N", help="ranks that share the experts (default: 2)")
+    placing.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes that the ranks lie on (default: 1)")
+    placing.add_argument("--slots", type=int, metavar="N", help="experts of a layer that fit on a rank")
+    placing.add_argument("--replicas", action="store_true", help="fill spare slots with second places of hot experts")
+    placing.add_argument(
+        "--reads", action="append", default=[], metavar="NODE=KIND,...", help="kinds of tokens read there (repeatable)"
+    )
+    placing.add_argument("--json", action="store_true", help="print one JSON object")
+    placing.set_defaults(run=_plan_experts)
 
     report = commands.add_parser("report", help="write report/index.html of a run")
     _with_run(report)
@@ -110,6 +131,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="check this machine and say what to do about each finding")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=_doctor)
+
+    from unimoe_ray.kuberay import commands as kubernetes
+
+    kubernetes.add_to(commands)
     return parser
 
 
@@ -182,6 +207,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _eval(arguments: argparse.Namespace) -> int:
     settings = config.load_run(arguments.run_folder)
+    if arguments.routing and not arguments.routing.absolute().parent.is_dir():
+        raise UsageError(f"--routing {arguments.routing}: there is no folder {arguments.routing.parent}")
     from rich.console import Console
 
     from unimoe_ray import cluster, pipeline
@@ -192,7 +219,12 @@ def _eval(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     with cluster.connect(settings), TrainProgress(Console(stderr=True)) as progress:
         result = pipeline.evaluate(
-            settings, progress, split=arguments.split, tasks=arguments.task, stage=arguments.stage
+            settings,
+            progress,
+            split=arguments.split,
+            tasks=arguments.task,
+            stage=arguments.stage,
+            routing_file=arguments.routing,
         )
     stamp = pipeline.stamp(settings, time.perf_counter() - started)
     if not (arguments.task or arguments.stage or arguments.split != "test"):
@@ -222,6 +254,8 @@ def _chat(arguments: argparse.Namespace) -> int:
     conversation = Conversation(settings, final_model(settings))
     if arguments.question is not None:
         reply = conversation.ask(arguments.question, attached)
+        if conversation.note:
+            print(f"unimoe: {conversation.note}", file=sys.stderr)
         print(json.dumps({"question": arguments.question, "answer": reply}) if arguments.json else reply)
         return 0
     from unimoe_ray.repl import interact
@@ -264,9 +298,26 @@ def _import(arguments: argparse.Namespace) -> int:
     def show(done: int, total: int) -> None:
         print(f"unimoe: file {done + 1} of {total}", file=sys.stderr)
 
-    for line in convert.summary(convert.import_official(arguments.folders, arguments.to, show)):
+    report = convert.import_official(arguments.folders, arguments.to, show, convert.DTYPES[arguments.dtype])
+    for line in convert.summary(report):
         print(line)
     print(arguments.to)
+    return 0
+
+
+def _plan_experts(arguments: argparse.Namespace) -> int:
+    from unimoe_ray.plan_experts import plan_experts
+
+    planned = plan_experts(
+        arguments.words,
+        arguments.config,
+        ranks=arguments.ranks,
+        nodes=arguments.nodes,
+        slots=arguments.slots,
+        replicas=arguments.replicas,
+        reads=arguments.reads,
+    )
+    print(json.dumps(planned.as_json()) if arguments.json else "\n".join(planned.lines()))
     return 0
 
 

@@ -38,8 +38,11 @@ def export(run: Path, form: str, to: Path) -> None:
         FORMATS[form](run, folder)
 
 
-def import_official(folders: list[Path], to: Path, on_progress: Progress) -> dict[str, Any]:
+def import_official(
+    folders: list[Path], to: Path, on_progress: Progress, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
     """A model folder of an official checkpoint, and its report, which is ``import_report.json`` in there as well.
+    ``dtype``: of the weights in the file.
 
     Raises UsageError when ``to`` holds files, UnimoeError for what is missing, unknown or does not fit.
     """
@@ -56,7 +59,7 @@ def import_official(folders: list[Path], to: Path, on_progress: Progress) -> dic
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = _tokenizer(folders, Path(scratch))
         with new_model_folder(to, info, tokenizer, "import") as folder:
-            write_weights(checkpoint, folder / WEIGHTS, on_progress)
+            write_weights(checkpoint, folder / WEIGHTS, on_progress, dtype)
             (folder / REPORT).write_text(json.dumps(checkpoint.report, indent=1))
     return checkpoint.report
 
@@ -129,6 +132,7 @@ def _official(run: Path, folder: Path) -> None:
 
 FORMATS = {"mixtral": _mixtral, "hf": _huggingface, "official": _official}
 REPORT = "import_report.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @contextmanager

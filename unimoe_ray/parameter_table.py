@@ -14,7 +14,7 @@ from unimoe_ray.config.model import MODALITIES
 from unimoe_ray.config.training import STAGES
 from unimoe_ray.data.features import TOWER_OF
 from unimoe_ray.model.language import llama_config, pretrained_config
-from unimoe_ray.model.sizes import active_per_token, total
+from unimoe_ray.model.sizes import active_per_token, in_experts, total
 from unimoe_ray.model.unimoe import UniMoE
 from unimoe_ray.towers import TOWERS, sketch_tower
 from unimoe_ray.training.stages import make_trainable
@@ -22,11 +22,14 @@ from unimoe_ray.training.stages import make_trainable
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of parameters. language: all, routers included; active: of the language model, for one token;
-    trained: of each run, by ``<stage>`` or ``<stage>/<run>``."""
+    """Numbers of parameters. language: all, routers included; active: of the language model, for one token; dense: of
+    the language model before stage 3; experts: those of the mixtures; connectors: by modality, without layers that are
+    another's before it; trained: of each run, by ``<stage>`` or ``<stage>/<run>``."""
 
     language: int
     active: int
+    dense: int
+    experts: int
     connectors: dict[str, int]
     towers: dict[str, int]
     trained: dict[str, int]
@@ -44,11 +47,14 @@ def count_parameters(config: Config) -> Sizes:
                 groups = make_trainable(_build(config, llama, dims, sparse=stage == "tune"), run)
                 parameters = sum(parameter.numel() for group in groups for parameter in group.parameters)
                 trained[stage if name == stage else f"{stage}/{name}"] = parameters
+        dense = total(_build(config, llama, dims, sparse=False).language)
         model = _build(config, llama, dims, sparse=True)
     return Sizes(
         language=total(model.language),
         active=active_per_token(model.language),
-        connectors={modality: total(connector) for modality, connector in model.connectors.items()},
+        dense=dense,
+        experts=in_experts(model.language),
+        connectors=_count_once(model.connectors),
         towers={name: total(tower) for name, tower in towers.items() if isinstance(tower, nn.Module)},
         trained=trained,
     )
@@ -64,7 +70,10 @@ def parameter_table(config: Config) -> list[str]:
     rows = [
         ("parameters", "total", "active per token"),
         ("language model with routers", _short(sizes.language), f"{_short(sizes.active)}  ({experts})"),
-        *((f"connector: {modality}", _short(count), "") for modality, count in sizes.connectors.items()),
+        *(
+            (f"connector: {modality}", _short(count), "" if count else "the image connector")
+            for modality, count in sizes.connectors.items()
+        ),
         *((f"tower: {name}, {towers[name]}", _short(count), "frozen") for name, count in sizes.towers.items()),
         *((f"trained in {run}", _short(count), "") for run, count in sizes.trained.items()),
     ]
@@ -78,6 +87,16 @@ def _architecture(config: Config) -> LlamaConfig:
     if language.pretrained is not None and Path(language.pretrained).is_dir():
         return pretrained_config(language)
     return llama_config(language, language.vocab_size)
+
+
+def _count_once(connectors: nn.ModuleDict) -> dict[str, int]:
+    seen: set[nn.Parameter] = set()
+    counts = {}
+    for modality, connector in connectors.items():
+        own = set(connector.parameters()) - seen
+        counts[modality] = sum(parameter.numel() for parameter in own)
+        seen |= own
+    return counts
 
 
 def _build(config: Config, llama: LlamaConfig, dims: dict[str, int], *, sparse: bool) -> UniMoE:

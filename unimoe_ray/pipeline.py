@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -27,6 +27,7 @@ from unimoe_ray.data.tokenizer import load_tokenizer
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.evaluation import evaluate as evaluating
 from unimoe_ray.evaluation.evaluate import Evaluation
+from unimoe_ray.llama import checkpoint_of
 from unimoe_ray.mini import source as mini
 from unimoe_ray.model.connectors import build_connector
 from unimoe_ray.model.language import pretrained_config
@@ -81,7 +82,7 @@ def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
     }
     del towers
     result = preparing.prepare(
-        config,
+        with_checkpoint(config, progress.message),
         sources_of(absolute(config.data), suite and suite.resolve()),
         settings,
         lambda kind, lengths: connectors[kind].soft_tokens(lengths),
@@ -93,6 +94,13 @@ def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
         f"prepared {total} samples of {result.media} media files ({result.encoded} encoded now, "
         f"{result.quarantined} records in quarantine)"
     )
+    if result.shortened:
+        path = config.run_dir / preparing.SHORTENED
+        first = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
+        progress.message(
+            f"{result.shortened} of them were longer than model.language.max_positions and were shortened (first: "
+            f"{first['split']} {first['id']}: {first['what']}); all in {path}"
+        )
     return result
 
 
@@ -109,7 +117,7 @@ def check(config: Config, progress: TrainProgress) -> bool:
     }
     with open(folder / "quarantine.jsonl", "w", encoding="utf-8") as quarantine:
         found = checking.check(
-            config,
+            with_checkpoint(config, progress.message),
             sources_of(absolute(config.data), suite and suite.resolve()),
             lambda kind, decoded: connectors[kind].soft_tokens(towers[TOWER_OF[kind]].tokens_for(decoded)),
             folder,
@@ -135,13 +143,6 @@ def _train_stage(config: Config, stage: str, progress: TrainProgress) -> None:
     from unimoe_ray.training.trainer import run_stage
 
     info = model_info(config)
-    lines = follow_metrics(config.run_dir / "metrics.jsonl")
-
-    def follow(_: Path, labels: list[str]) -> None:
-        for line in lines():
-            if line["run"] in labels:
-                progress.update(line["run"], line, line["steps"])
-
     trained = run_stage(
         config,
         stage,
@@ -150,12 +151,27 @@ def _train_stage(config: Config, stage: str, progress: TrainProgress) -> None:
         preparing.tokenizer_path(config),
         workers=cluster.workers(config),
         use_gpu=cluster.uses_gpu(config),
-        follow=follow,
+        follow=follow_runs(config.run_dir, progress),
     )
     for label in trained:
         progress.done(label)
     if not trained and getattr(config.stages, stage):
         progress.message(f"stage {stage}: finished already")
+
+
+def follow_runs(run_dir: Path, progress: TrainProgress) -> Callable[[Path, list[str]], None]:
+    """For ``run_stage``: shows the steps and the findings of its runs."""
+    lines, findings = (follow_metrics(run_dir / name) for name in ("metrics.jsonl", "findings.jsonl"))
+
+    def follow(_: Path, labels: list[str]) -> None:
+        for line in lines():
+            if line["run"] in labels:
+                progress.update(line["run"], line, line["steps"])
+        for finding in findings():
+            if finding["run"] in labels:
+                progress.message(f"{finding['run']}, step {finding['step']}: {finding['text']}")
+
+    return follow
 
 
 def model_info(config: Config) -> ModelInfo:
@@ -164,10 +180,12 @@ def model_info(config: Config) -> ModelInfo:
     towers = load_towers(config)
     tokens = load_tokenizer(preparing.tokenizer_path(config)).get_vocab_size()
     llama, legacy = None, True
-    if (pretrained := config.model.language.pretrained) is not None:
-        llama, legacy = pretrained_config(config.model.language), load_pretrained_tokenizer(pretrained).legacy
+    if config.model.language.pretrained is not None:
+        language = with_checkpoint(config).model.language
+        llama = pretrained_config(language)
+        legacy = load_pretrained_tokenizer(language.pretrained, config.data.template).legacy
         if tokens > llama.vocab_size:
-            raise UnimoeError(f"{pretrained}: has {tokens} tokens, but embeddings of {llama.vocab_size}")
+            raise UnimoeError(f"{language.pretrained}: has {tokens} tokens, but embeddings of {llama.vocab_size}")
     return ModelInfo(
         model=config.model.model_dump(mode="json"),
         vocab_size=tokens if llama is None else llama.vocab_size,
@@ -179,6 +197,15 @@ def model_info(config: Config) -> ModelInfo:
         template=config.data.template,
         legacy=legacy,
     )
+
+
+def with_checkpoint(config: Config, say: Callable[[str], None] | None = None) -> Config:
+    """``model.language.pretrained`` as a folder or hub name."""
+    name = config.model.language.pretrained
+    if name is None:
+        return config
+    language = config.model.language.model_copy(update={"pretrained": checkpoint_of(name, say)})
+    return config.model_copy(update={"model": config.model.model_copy(update={"language": language})})
 
 
 def _fingerprint(config: Config, modality: str, tower: str) -> str:
@@ -193,8 +220,10 @@ def evaluate(
     split: str = "test",
     tasks: list[str] | None = None,
     stage: str | None = None,
+    routing_file: Path | None = None,
 ) -> Evaluation:
-    """Answers of the run's last finished model on a held-out split."""
+    """Answers of the run's last finished model on a held-out split; the experts of its prompts' tokens into
+    ``routing_file``."""
     return evaluating.evaluate(
         config,
         model_dir=evaluating.final_model(config, stage),
@@ -202,6 +231,7 @@ def evaluate(
         tasks=tasks,
         shards=cluster.workers(config),
         on_progress=lambda done, total: progress.count("answering held-out questions", done, total),
+        routing_file=routing_file,
     )
 
 

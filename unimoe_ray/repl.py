@@ -39,7 +39,10 @@ def interact(conversation: Conversation, attached: list[Media]) -> None:
         if not line and not waiting:
             continue
         try:
-            console.print(conversation.ask(line, waiting), style="green", markup=False)
+            reply = conversation.ask(line, waiting)
+            if conversation.note:
+                console.print(conversation.note, style="dim", markup=False)
+            console.print(reply, style="green", markup=False)
             waiting = []
         except UnimoeError as error:
             console.print(str(error), style="red", markup=False)

@@ -33,7 +33,7 @@ def check_summary(found: Checked) -> str:
         f"{found.records} records: {', '.join(splits)}, {found.bad} bad",
         f"modality groups: {', '.join(groups) or 'none'}",
         f"media files: {', '.join(media) or 'none'}; {found.copies} with the content of another one",
-        f"tokens of a sample: {', '.join(lengths)}",
+        f"tokens of a sample: {', '.join(lengths)}; {found.shortened} shortened",
         f"samples that repeat another one: {found.repeated}",
         *(f"bad: {count} x {reason}" for reason, count in found.reasons.most_common(10)),
     ]

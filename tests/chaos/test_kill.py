@@ -30,6 +30,7 @@ def _steps(metrics: Path, run: str) -> list[int]:
     return [line["step"] for line in parsed if line["run"] == run]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_driver_goes_on_from_finished_runs(tmp_path):
     run = make_tiny_run(tmp_path)

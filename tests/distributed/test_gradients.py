@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.tiny import TinyRun
+from tests.tiny import TinyRun, make_tiny_run
 from unimoe_ray.data import prepare
 from unimoe_ray.data.batch import collate
 from unimoe_ray.data.loader import planned_micro_batches, read_features
@@ -22,6 +22,8 @@ from unimoe_ray.training.engine import backward_step, initialize, learning_rate_
 from unimoe_ray.training.stages import make_trainable, start_model
 
 SEED = 3
+# Images and videos, which different ranks may be on, have one projector.
+SHARED = {"model": {"connectors": {"video": "image"}, "video": {"pooling": "mean"}}}
 STAGES = [("base", "base"), ("align", "align"), ("experts", "image"), ("tune", "tune")]
 
 
@@ -119,9 +121,13 @@ def _train(rank: int, world: int, run: TinyRun, stage: str, name: str) -> dict:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("zero_stage", [1, 2])
-def test_two_workers_equal_one_process(tiny_run, tmp_path, zero_stage):
-    tiny_run.config.training.zero_stage = zero_stage
+@pytest.mark.parametrize(
+    ("zero_stage", "changes"),
+    [(1, {}), (2, {}), pytest.param(2, SHARED, marks=pytest.mark.slow)],
+    ids=["1", "2", "shared-2"],
+)
+def test_two_workers_equal_one_process(tmp_path, zero_stage, changes):
+    tiny_run = make_tiny_run(tmp_path, training={"zero_stage": zero_stage}, **changes)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

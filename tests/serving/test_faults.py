@@ -112,7 +112,7 @@ def test_the_language_model_dies(fragile):
     assert answer(fragile, QUESTIONS[0], **LONG) == right[QUESTIONS[0]]
 
 
-@pytest.mark.parametrize("deployment", ["image", "audio"])
+@pytest.mark.parametrize("deployment", ["image", pytest.param("audio", marks=pytest.mark.slow)])
 def test_an_encoder_dies(fragile, deployment):
     make = (lambda seed: image(png(seed, 900))) if deployment == "image" else (lambda seed: sound(wav(seed, 20.0)))
     contents = [[make(seed), text("what is this?")] for seed in range(8)]

@@ -90,6 +90,14 @@ def test_expert_load(site):
     assert not any("expert_load" in chunk for chunk in chunks) and "usage" not in last
 
 
+def test_what_a_prompt_lost_is_said():
+    note = "the first 2 turns left out: longer than the model can take"
+    with serving(Started(7, (), (), note), *ANSWER[1:]) as site:
+        assert site.chat().json()["prompt_shortened"] == note
+        *_, last, _ = events_of(site.chat(stream=True))
+        assert (last["prompt_shortened"], last["choices"]) == (note, [])
+
+
 def test_a_dense_model_has_no_expert_load():
     dense = (Started(7, (), ()), Output("r", "cat", (5,), finish_reason="length"))
     with serving(*dense) as site:

@@ -33,7 +33,6 @@ MODES = {
 }
 IMAGE_TOKENS, SOUND_TOKENS = 576, 1000
 QUESTION = text("what is this?")
-both_modes = pytest.mark.parametrize("app", MODES, indirect=True)
 the_other_slow = pytest.mark.parametrize(
     "app", ["default", pytest.param("throughput", marks=pytest.mark.slow)], indirect=True
 )
@@ -97,7 +96,7 @@ def app(request, wide_run) -> Iterator[StandIns]:
         process.wait(60)
 
 
-@both_modes
+@the_other_slow
 def test_embeddings_of_the_real_size(app):
     plain = app.ask(QUESTION)["usage"]["prompt_tokens"]
     assert app.ask(image(b"\0\0\0\1"), QUESTION)["usage"]["prompt_tokens"] == plain + IMAGE_TOKENS

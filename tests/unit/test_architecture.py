@@ -22,13 +22,14 @@ ALLOWED = {
     "data": {"config"},
     "mini": {"config", "model", "data"},
     "towers": {"config", "model", "mini"},
+    "llama": {"model", "mini"},
     "parameter_table": {"config", "model", "data", "towers", "training"},
-    "training": {"config", "model", "parallel", "data"},
+    "training": {"config", "model", "parallel", "data", "llama"},
     "evaluation": {"config", "model", "data", "training"},
     "inference": {"config", "model", "parallel", "data"},
     # Its processor makes prompts of conversations, with our templates.
     "interop": {"config", "model", "data"},
-    "kuberay": {"config"},
+    "kuberay": {"config", "parameter_table"},
     "progress": set(),
     "report": set(),
     "doctor": set(),
@@ -41,6 +42,7 @@ FORBIDDEN_OUTSIDE = {
     "data": {"deepspeed", "peft", "transformers"},
     "mini": {"deepspeed", "peft", "transformers"},
     "inference": {"ray", "deepspeed", "peft", "fastapi"},
+    "kuberay": {"torch", "ray", "deepspeed", "transformers"},
     "progress": {"torch", "ray", "deepspeed", "transformers"},
     "report": {"torch", "ray", "deepspeed", "transformers"},
     "errors": {"torch", "ray", "deepspeed", "transformers"},
@@ -131,6 +133,13 @@ def test_the_http_side_of_serving_knows_no_ray(name):
     assert not tops & {"ray", "torch", "transformers"}
 
 
+@pytest.mark.parametrize("name", ["topology", "placement", "placement_search", "placement_cost", "placement_table"])
+def test_the_placement_planner_needs_numpy_only(name):
+    """It also runs where no training does: in ``unimoe plan-experts``, on any machine."""
+    tops = {imported.split(".")[0] for imported in imports(Path(PACKAGE, "parallel", f"{name}.py"))}
+    assert not tops & {"ray", "torch", "deepspeed", "transformers"}
+
+
 def test_the_command_line_imports_serve_and_the_heavy_libraries_lazily() -> None:
     """``unimoe --help`` is quick: neither they nor parts of the package that need them load with the module."""
     tree = ast.parse((ROOT / PACKAGE / "cli.py").read_text(encoding="utf-8"))
@@ -148,6 +157,18 @@ def test_the_command_line_imports_serve_and_the_heavy_libraries_lazily() -> None
     assert not {name.split(".")[0] for name in top} & {"serve", "ray", "torch", "deepspeed", "transformers"}
     parts = {name.split(".")[1] for name in top if name.startswith(f"{PACKAGE}.")}
     assert parts <= {"config", "errors", "__version__"}
+
+
+def test_the_command_line_of_kubernetes_is_light():
+    """Its parser is made for every command of ``unimoe``; manifests are read and checked without torch and Ray."""
+    code = (
+        "import sys, unimoe_ray.kuberay.commands; print(*sys.modules); print('|')\n"
+        "import unimoe_ray.kuberay.submit, unimoe_ray.kuberay.render, unimoe_ray.kuberay.manifests; print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    first, second = done.stdout.split("|")
+    assert not {"kubernetes", "pydantic", "yaml", "rich"} & set(first.split())
+    assert not {"torch", "ray", "transformers"} & set(second.split())
 
 
 def test_imports_are_seen_wherever_they_stand(tmp_path, monkeypatch) -> None:

@@ -39,7 +39,7 @@ def real():
 def copied(real, tmp_path_factory):
     """A copy of the cache, as a user would make for a machine without an index. Tests must leave it as it was."""
     root = tmp_path_factory.mktemp("assets") / "unimoe_ray" / "mini"
-    shutil.copytree(real.root, root, ignore=shutil.ignore_patterns("converted", ".lock", ".unpack-*"))
+    shutil.copytree(real.root, root, ignore=shutil.ignore_patterns("converted", "smollm2*", ".lock", ".unpack-*"))
     return root
 
 
@@ -258,7 +258,7 @@ def test_without_towers_their_packages_are_not_needed(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
     entries = {}
     for package in assets.PACKAGES:
-        if package.tower or package.debian:
+        if package.part != "suite" or package.debian:
             continue
         (asset,) = package.assets
         files = {}
@@ -271,6 +271,6 @@ def test_without_towers_their_packages_are_not_needed(tmp_path, monkeypatch):
         entries[asset] = entry
     (tmp_path / assets.MANIFEST).write_text(json.dumps(entries))
     monkeypatch.setenv("UNIMOE_MINI_DIR", str(tmp_path))
-    assert assets.fetch(towers=False).path("easy_vqa") == tmp_path / "easy_vqa"
+    assert assets.fetch(parts=["suite"]).path("easy_vqa") == tmp_path / "easy_vqa"
     with pytest.raises(UnimoeError, match="asset efficientnet_lite0"):
         assets.fetch()

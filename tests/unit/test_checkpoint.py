@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.tiny import make_tiny_run
+from tests.tiny import make_servable_run, make_tiny_run
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.training.checkpoint import (
     checkpoint_dir,
@@ -115,6 +115,24 @@ def test_saving_again_replaces_and_a_killed_save_is_not_seen(saved, run):
     save_model(folder, model, info, run.tokenizer, "again")
     assert is_complete(folder, "again") and not (folder / "old").exists()
     assert load_model(folder)[0].connectors["image"].projection.bias.eq(7).all()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_loading_makes_no_random_numbers(tmp_path, tied):
+    run = make_servable_run(tmp_path, model={"language": {"tie_embeddings": tied}})
+    folder = checkpoint_dir(run.config.run_dir, "tune", "tune")
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    model, info, _ = load_model(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+    wanted = info.build()
+    load_weights(wanted, folder)
+    found = model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.state_dict().items())
+    for (name, a), (_, b) in zip(model.named_buffers(), wanted.named_buffers(), strict=True):
+        assert torch.equal(a, b), name
+    embedding, head = model.language.get_input_embeddings(), model.language.get_output_embeddings()
+    assert (embedding.weight is head.weight) == tied
 
 
 def test_missing_folder(tmp_path):

@@ -84,6 +84,7 @@ def test_mistakes_in_the_configuration(capsys, tmp_path, monkeypatch, arguments,
         (["eval", "runs/x", "--stage", "experts"], "argument --stage: invalid choice: 'experts'"),
         (["train", "all", "--sed", "3"], "unrecognized arguments: --sed 3"),
         (["chat", "runs/x", "--image", "a.png", "one", "two"], "unrecognized arguments: two"),
+        (["eval", "runs/x", "--routing"], "argument --routing: expected one argument"),
         (["eval", "runs/x", "seed=3"], "unrecognized arguments: seed=3"),
     ],
 )

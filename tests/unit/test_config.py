@@ -196,3 +196,10 @@ def test_a_run_is_loaded_where_it_lies_with_changes_at_any_depth(tmp_path):
     )
     with pytest.raises(UnimoeError, match="no such run folder"):
         load_run(tmp_path / "gone")
+
+
+def test_a_key_of_a_section_leaves_the_sections_other_defaults():
+    ingress = load("mini", ["serving.ingress.max_replicas=4"]).serving.ingress
+    assert (ingress.max_replicas, ingress.num_cpus, ingress.max_ongoing_requests) == (4, 0.5, 512)
+    node = load("mini", ["kubernetes.nodes.large_gpu.gpus=4"]).kubernetes.nodes.large_gpu
+    assert (node.gpus, node.gpu_memory_gib) == (4, 79)

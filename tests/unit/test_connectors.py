@@ -4,11 +4,19 @@ test_model.py.)"""
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import WhisperConfig, WhisperModel
 
 from unimoe_ray.config.model import ConnectorConfig, ModelConfig, QueriesConfig, VideoConfig
 from unimoe_ray.config.root import parse
-from unimoe_ray.errors import UsageError
-from unimoe_ray.model.connectors import Connector, QFormerConnector, WhisperDecoderConnector, build_connector
+from unimoe_ray.errors import UnimoeError, UsageError
+from unimoe_ray.model.connectors import (
+    Connector,
+    QFormerConnector,
+    WhisperDecoderConnector,
+    build_connector,
+    build_connectors,
+    read_connectors,
+)
 from unimoe_ray.model.features import Features
 
 QUERIES = {"number": 3, "num_layers": 2, "num_heads": 2, "intermediate_size": 6}
@@ -138,3 +146,29 @@ def test_each_modality_can_have_its_own():
 def test_the_configuration_of_older_models_still_reads():
     old = {"connector": {"type": "mlp", "match_text_rms": True}}
     assert ModelConfig.model_validate(old) == ModelConfig()
+
+
+def test_a_decoder_starts_as_whispers(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 8, "max_target_positions": 20}
+    whisper = WhisperModel(WhisperConfig(vocab_size=9, d_model=4, pad_token_id=0, encoder_attention_heads=2, **sizes))
+    whisper.save_pretrained(tmp_path / "whisper")
+    queries = {"number": 3, "num_layers": 2, "num_heads": 2, "intermediate_size": 8, "positions": 20}
+
+    def model(**changes) -> ModelConfig:
+        speech = {"type": "whisper_decoder", "pretrained": str(tmp_path / "whisper"), "queries": queries | changes}
+        return ModelConfig.model_validate({"connectors": {"speech": speech}})
+
+    dims = {"image": 6, "video": 6, "audio": 4, "speech": 4}
+    connectors = build_connectors(dims, 6, model())
+    read_connectors(connectors, model())
+    found = connectors["speech"].decoder["audio_decoder"].state_dict()
+    wanted = {k: v for k, v in whisper.decoder.state_dict().items() if not k.startswith("embed_tokens")}
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    key = f"model.connectors.speech.pretrained: {tmp_path}"
+    for changes in ({"intermediate_size": 12}, {"num_layers": 3}):
+        with pytest.raises(UnimoeError, match=f"{key}/whisper: no Whisper decoder of this connector's size") as error:
+            read_connectors(build_connectors(dims, 6, model(**changes)), model(**changes))
+        assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match="pretrained is for type whisper_decoder; this connector is mlp"):
+        parse({"model": {"connectors": {"image": {"pretrained": "x"}}}})

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,11 @@ def test_the_command_line(capsys, tmp_path):
 def test_export_then_import_is_bit_equal(official, tmp_path, differ):
     bring(official.folders, tmp_path / "model")
     model, info, _ = load_model(tmp_path / "model")
-    if differ:  # what training leaves, and the official code has no place for
+    if differ:  # what training may leave, and the official code has no place for
+        apart = info.model | {"connectors": info.model["connectors"] | {"video": None}}
+        info, shared = replace(info, model=apart), model
+        model = info.build()
+        model.load_state_dict(shared.state_dict())
         torch.nn.init.normal_(model.connectors["video"].projection[0].weight)
         torch.nn.init.normal_(model.connectors["audio"].query_tokens)
     out = tmp_path / "out"
@@ -112,6 +117,23 @@ def test_exported_names_are_those_of_the_4_expert_checkpoints(tmp_path):
     }
     assert "model.query_tokens" in load_file(tmp_path / "mm_speech_aligner.safetensors")
     assert "model.mm_audio_aligner.query_tokens" in load_file(tmp_path / "mm_audio_aligner.safetensors")
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_weights_of_another_type(tmp_path, name, dtype):
+    official = LAYOUTS["speech"](tmp_path / "official")
+    bring(official.folders, tmp_path / "model")
+    half = ["import", "--from", "official", *map(str, official.folders), "--to", str(tmp_path / "half")]
+    with pytest.raises(SystemExit) as stop:
+        main([*half, "--dtype", name])
+    assert stop.value.code == 0
+    whole, half = (load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "half"))
+    assert whole.keys() == half.keys()
+    assert all(half[key].dtype == dtype and torch.equal(half[key], whole[key].to(dtype)) for key in whole)
+    sizes = [(tmp_path / folder / "model.safetensors").stat().st_size for folder in ("half", "model")]
+    assert sizes[0] < 0.6 * sizes[1]
+    model, *_ = load_model(tmp_path / "half")
+    assert all(torch.equal(model.state_dict()[key], half[key].float()) for key in half)
 
 
 def test_our_names_and_theirs_are_inverse():

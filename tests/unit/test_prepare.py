@@ -82,6 +82,23 @@ def test_text_records(project):
     assert project.quarantine() == []
 
 
+def test_the_dev_split_is_also_kept_with_its_answers(project):
+    long = " ".join(["word"] * 60)
+    write_splits(project.root, train=[record("a")], dev=[record("b"), record("c", answer=long)])
+    assert project.prepare().samples["dev"] == {"read": 2}
+    # An answer that is too long to learn is no reason not to ask; it is only left out of the loss.
+    whole, prompt = project.table(preparing.VALIDATION), project.table("dev").get(0)
+    assert len(whole) == 1 and len(project.table("dev")) == 2
+    answer = [label for label in whole.get(0).labels if label >= 0]
+    assert whole.get(0).id == "b" and whole.get(0).ids == prompt.ids + answer
+    assert decode(answer, project.tokenizer()) == "this one"
+    # A folder that was prepared before there was such a file gets it.
+    path = preparing.data_dir(project.config) / f"{preparing.VALIDATION}.arrow"
+    path.unlink()
+    project.prepare()
+    assert path.is_file()
+
+
 def test_bad_records_go_to_quarantine_with_their_reasons(project):
     long = " ".join(["word"] * 200)
     train = [

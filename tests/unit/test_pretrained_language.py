@@ -199,15 +199,15 @@ def test_another_tokenizer_prepares_again(tmp_path):
 @pytest.mark.parametrize(("flag", "legacy"), [(True, True), (False, False), (None, True)])
 def test_the_legacy_flag(tmp_path, flag, legacy):
     save_llama(tmp_path, flag)
-    assert load_pretrained_tokenizer(str(tmp_path)).legacy is legacy
+    assert load_pretrained_tokenizer(str(tmp_path), "vicuna_v1").legacy is legacy
 
 
 def test_a_fast_tokenizer_will_do(tmp_path):
     save_llama(tmp_path)
-    wanted, _ = load_pretrained_tokenizer(str(tmp_path))
+    wanted, _ = load_pretrained_tokenizer(str(tmp_path), "vicuna_v1")
     wanted.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer.model").unlink()
-    found, legacy = load_pretrained_tokenizer(str(tmp_path))
+    found, legacy = load_pretrained_tokenizer(str(tmp_path), "vicuna_v1")
     assert not legacy and found.encode("ab </s>é").ids == wanted.encode("ab </s>é").ids
 
 
@@ -221,7 +221,7 @@ def test_mistakes_are_named_in_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
     def tokenizer() -> None:
-        load_pretrained_tokenizer(str(checkpoint))
+        load_pretrained_tokenizer(str(checkpoint), "vicuna_v1")
 
     def build(**language) -> None:
         config = vicuna_config(tmp_path, checkpoint, **language).model
@@ -250,8 +250,11 @@ def test_mistakes_are_named_in_one_line(tmp_path):
     ("tree", "message"),
     [
         ({"data": {"template": "vicuna_v1"}}, "vicuna_v1, which needs the tokenizer of a model.language.pretrained"),
-        ({"model": {"language": {"pretrained": "x"}}}, "data.template is compact, .* set data.template=vicuna_v1"),
-        ({"data": {"template": "vicuna"}}, "data.template is 'vicuna': .*'compact' or 'vicuna_v1'"),
+        (
+            {"model": {"language": {"pretrained": "x"}}},
+            "data.template is compact, .* set data.template to vicuna_v1 or smollm2",
+        ),
+        ({"data": {"template": "vicuna"}}, "data.template is 'vicuna': .*'compact', 'vicuna_v1' or 'smollm2'"),
     ],
 )
 def test_template_and_tokenizer_agree(tree, message):

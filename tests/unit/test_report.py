@@ -257,7 +257,12 @@ def test_text_of_the_run_is_escaped(tmp_path) -> None:
     scores = {evil: {"accuracy": 0.5, "majority": 0.1, "n": 4}}
     (run / "eval.json").write_text(json.dumps({"tasks": scores, "towers": {evil: evil}, "suite": evil, "seed": evil}))
     (run / "routing.json").write_text(json.dumps({"experts": [evil], "load": {evil: [[1.0]]}}))
-    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "run": evil, "stage": evil, "loss": 1.0}) + "\n")
+    line = {"step": 1, "run": evil, "stage": evil, "loss": 1.0, "validation": {evil: 1.0, "b": 2.0}}
+    line |= {"expert_tokens": {evil: [[3, 4]]}, "router_entropy": [0.5], "busiest_share": [0.6]}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    finding = {"run": evil, "step": 1, "since": 1, "signature": evil, "text": evil}
+    (run / "findings.jsonl").write_text(json.dumps(finding) + "\n")
+    (run / "config.yaml").write_text(json.dumps({"model": {"moe": {"slots": [evil, evil]}}}))
     (run / "quarantine.jsonl").write_text(json.dumps({"reason": evil}) + "\n")
     text = write_report(run).read_text()
     assert "<script>alert" not in text

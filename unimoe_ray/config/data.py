@@ -40,11 +40,16 @@ class DataConfig(Strict):
     dir: str = "data"
     source: str = Field("mini", description="'mini', or a folder of the splits train, dev and test")
     sources: list[SourceConfig] = Field([], description="instead of data.source: any number of sources")
-    template: Literal["compact", "vicuna_v1"] = Field(
-        "compact", description="how conversations become tokens; vicuna_v1 with model.language.pretrained"
+    template: Literal["compact", "vicuna_v1", "smollm2"] = Field(
+        "compact", description="how conversations become tokens; all but compact need a model.language.pretrained"
     )
     voice_as: Literal["speech", "audio"] = "speech"
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    too_long: Literal["refuse", "shorten"] = Field(
+        "refuse",
+        description="conversations longer than model.language.max_positions: refuse (samples go to quarantine), or "
+        "shorten: the oldest turns go, or the words of questions; never media alone nor answers that are learned",
+    )
     max_pixels: int = Field(64_000_000, ge=1)
     max_seconds: float = Field(600.0, gt=0)
     max_bytes: int = Field(2**30, ge=1, description="of one media file, unpacked")

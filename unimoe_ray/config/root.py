@@ -12,9 +12,11 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from unimoe_ray.config.base import Strict
 from unimoe_ray.config.data import DataConfig, MiniConfig
+from unimoe_ray.config.kubernetes import KubernetesConfig
 from unimoe_ray.config.model import ModelConfig
+from unimoe_ray.config.placement import PlacementConfig
 from unimoe_ray.config.serving import ServingConfig
-from unimoe_ray.config.training import EvaluationConfig, StagesConfig, TrainingConfig
+from unimoe_ray.config.training import STAGES, EvaluationConfig, StagesConfig, TrainingConfig
 from unimoe_ray.errors import UnimoeError, UsageError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -34,19 +36,34 @@ class Config(Strict):
     model: ModelConfig = ModelConfig()
     stages: StagesConfig = StagesConfig()
     training: TrainingConfig = TrainingConfig()
+    placement: PlacementConfig = PlacementConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     serving: ServingConfig = ServingConfig()
+    kubernetes: KubernetesConfig = KubernetesConfig()
 
     @model_validator(mode="after")
     def _template_and_tokenizer_agree(self) -> Config:
         pretrained = self.model.language.pretrained
-        if self.data.template == "vicuna_v1" and pretrained is None:
-            raise ValueError("data.template is vicuna_v1, which needs the tokenizer of a model.language.pretrained")
-        if self.data.template == "compact" and pretrained is not None:
+        template = self.data.template
+        if template != "compact" and pretrained is None:
+            raise ValueError(f"data.template is {template}, which needs the tokenizer of a model.language.pretrained")
+        if template == "compact" and pretrained is not None:
             raise ValueError(
                 "data.template is compact, whose tokenizer is trained on the data; model.language.pretrained has its "
-                "own: set data.template=vicuna_v1"
+                "own: set data.template to vicuna_v1 or smollm2"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _shared_connectors_are_trained_by_one_name(self) -> Config:
+        if self.model.video_shares_image:
+            for stage in STAGES:
+                for name, run in getattr(self.stages, stage).items():
+                    if "video" in run.connectors():
+                        raise ValueError(
+                            f"stages.{stage}.{name} trains connector.video, which is the image connector "
+                            "(model.connectors.video=image): name connector.image"
+                        )
         return self
 
     @property

@@ -98,6 +98,48 @@ class StagesConfig(Strict):
         return self
 
 
+class ExpertParallelConfig(Strict):
+    """Experts of a mixture over workers. It changes no result, only who computes what."""
+
+    ep_size: int | Literal["auto"] = Field(
+        1,
+        description="workers that share the experts of a mixture, a divisor of their number; 1: every worker has all; "
+        "auto: as many as there are experts for",
+    )
+
+    @field_validator("ep_size")
+    @classmethod
+    def _some_ranks(cls, ep_size: int | str) -> int | str:
+        if isinstance(ep_size, int) and ep_size < 1:
+            raise ValueError("allowed: 'auto' or a number from 1")
+        return ep_size
+
+
+class ValidationConfig(Strict):
+    """Loss on the dev split while training, by modality group, of the tasks that the run trains on."""
+
+    every: int = Field(0, ge=0, description="steps between two validations, besides one after the last; 0: none")
+    samples: int = Field(16, ge=1, description="at most so many of each modality group, the same every time")
+
+
+class WatchConfig(Strict):
+    """From where on a run's routing and losses are remarked on, in ``findings.jsonl`` and on the terminal."""
+
+    patience: int = Field(20, ge=1, description="steps that a condition holds before it is said, and is gone after")
+    collapse_share: float = Field(0.9, gt=0, le=1, description="share of a layer's tokens with one first choice")
+    dead_steps: int = Field(50, ge=1, description="steps without any token after which an expert is dead")
+    imbalance: float = Field(
+        0.7,
+        gt=0,
+        le=1,
+        description="coefficient of variation of a layer's loads over the highest possible, sqrt(E/K - 1)",
+    )
+    divergence: float = Field(3.0, gt=1, description="median of the last losses over the lowest that it was")
+    validation_rise: float = Field(
+        0.5, gt=0, description="part by which a group's validation loss is above its lowest, while the others fall"
+    )
+
+
 class TrainingConfig(Strict):
     """How the work is laid out over the cluster, and the engine's settings."""
 
@@ -110,6 +152,9 @@ class TrainingConfig(Strict):
     zero_stage: Literal[1, 2] = 2
     max_tokens_per_micro_batch: int = Field(4096, ge=16)
     optimizer: OptimizerConfig = OptimizerConfig()
+    expert_parallel: ExpertParallelConfig = ExpertParallelConfig()
+    validation: ValidationConfig = ValidationConfig()
+    watch: WatchConfig = WatchConfig()
 
     @field_validator("workers")
     @classmethod

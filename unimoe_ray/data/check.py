@@ -35,8 +35,9 @@ class Checked:
     """What ``check`` found.
 
     samples: usable ones by split and task; groups: by modality group; media: files used, by kind; lengths: how many
-    samples have a number of tokens, media included; repeats: samples that repeat another one, in any split; copies:
-    media files with the content of another one; reasons: why records can't be used, numbers and names left out.
+    samples have a number of tokens, media included; shortened: samples too long as they are; repeats: samples that
+    repeat another one, in any split; copies: media files with the content of another one; reasons: why records can't
+    be used, numbers and names left out.
     """
 
     records: int = 0
@@ -48,6 +49,7 @@ class Checked:
     repeated: int = 0
     repeats: list[Repeat] = field(default_factory=list)
     copies: int = 0
+    shortened: int = 0
     bad: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     examples: list[dict[str, Any]] = field(default_factory=list)
@@ -72,7 +74,9 @@ def check(
     """
     found = Checked()
     language = config.model.language
-    pretrained = None if language.pretrained is None else load_pretrained_tokenizer(language.pretrained)
+    pretrained = None
+    if language.pretrained is not None:
+        pretrained = load_pretrained_tokenizer(language.pretrained, config.data.template)
     with Catalog(folder / ".catalog.sqlite", config.data.max_bytes) as catalog:
         found.records = read_into(catalog, record_files(sources), config, on_progress)
         tokens = _decode_all(config, catalog, soft_tokens, found, on_progress)
@@ -81,8 +85,9 @@ def check(
         scratch.unlink()
         for split in SPLITS:
             found.samples[split] = Counter()
-            for entry, row in tokenised(config, catalog, split, template, tokens):
-                _add(found, split, entry.placed.sample, row)
+            for item in tokenised(config, catalog, split, template, tokens):
+                _add(found, split, item.placed.sample, item.row)
+                found.shortened += item.note is not None
         found.lengths = Counter(dict(sorted(found.lengths.items())))
         found.longest = max(found.lengths, default=0)
         found.repeated, found.repeats = catalog.repeats(REPEATS)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, astuple, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,27 +14,31 @@ from typing import Any
 
 from unimoe_ray.config import Config
 from unimoe_ray.config.data import SPLITS, SourceConfig
-from unimoe_ray.data.catalog import Catalog, Entry
+from unimoe_ray.data.catalog import Catalog
 from unimoe_ray.data.encode import EncodeSettings, encode_missing
-from unimoe_ray.data.gather import Progress, make_run_template, read_into, tokenised
+from unimoe_ray.data.gather import Progress, Tokenised, make_run_template, read_into, tokenised
 from unimoe_ray.data.locations import shown
 from unimoe_ray.data.pretrained import PretrainedTokenizer, load_pretrained_tokenizer
-from unimoe_ray.data.samples import PreparedSample, Source, Span, write_samples
+from unimoe_ray.data.samples import SampleWriter, Source, Span
 from unimoe_ray.data.schema import Sample
 from unimoe_ray.data.sources import RecordFile, fingerprint, record_files
 from unimoe_ray.data.store import FeatureStore, partition_dir
-from unimoe_ray.data.template import Template
 from unimoe_ray.errors import UnimoeError
 
+# Samples of dev and test end where the answer is to begin; these are dev's with it, for a loss while training.
+VALIDATION = "validation"
+SHORTENED = "shortened.jsonl"
 MEDIA_PAGE = 100_000  # media files that one run of the encoding pipeline is given
 
 
 @dataclass
 class Prepared:
-    """What ``prepare`` left: samples per split and task, quarantined records, media files encoded this time."""
+    """What ``prepare`` left: samples per split and task, quarantined and shortened records (``SHORTENED`` says how),
+    media files encoded this time."""
 
     samples: dict[str, dict[str, int]] = field(default_factory=dict)
     quarantined: int = 0
+    shortened: int = 0
     media: int = 0
     encoded: int = 0
 
@@ -73,13 +77,17 @@ def prepare(
     Raises UsageError for sources that can't be read, UnimoeError past ``data.max_bad_fraction``.
     """
     language = config.model.language
-    pretrained = None if language.pretrained is None else load_pretrained_tokenizer(language.pretrained)
+    pretrained = None
+    if language.pretrained is not None:
+        pretrained = load_pretrained_tokenizer(language.pretrained, config.data.template)
     files = record_files(sources)
     stamp = _stamp(config, files, settings, pretrained)
     done = data_dir(config) / "prepared.json"
     if done.is_file():
         found = json.loads(done.read_text())
-        if found["stamp"] == stamp and all(Path(folder).is_dir() for folder in found["partitions"].values()):
+        arrows = [data_dir(config) / f"{split}.arrow" for split in (*SPLITS, VALIDATION)]
+        there = all(Path(path).exists() for path in (*arrows, *found["partitions"].values()))
+        if found["stamp"] == stamp and there:
             return Prepared(**found["summary"] | {"encoded": 0})
     # From here on the files below belong to neither the old nor the new configuration, until all are written.
     done.unlink(missing_ok=True)
@@ -104,11 +112,15 @@ def prepare(
 
         spans: dict[str, list[Span]] = {}
         used: set[str] = set()
-        for split in SPLITS:
-            tasks: Counter[str] = Counter()
-            rows = _rows(config, catalog, split, template, count, tasks, used)
-            spans[split] = _write_split(config, split, rows, [source.weight for source in sources])
-            summary.samples[split] = dict(sorted(tasks.items()))
+        weights = [source.weight for source in sources]
+        with open(config.run_dir / SHORTENED, "w", encoding="utf-8") as shortened:
+            for split in SPLITS:
+                rows = tokenised(config, catalog, split, template, count)
+                spans[split], tasks, kinds, notes = _write_split(config, split, rows, weights)
+                shortened.writelines(json.dumps(note) + "\n" for note in notes)
+                summary.shortened += len(notes)
+                summary.samples[split] = dict(sorted(tasks.items()))
+                used |= kinds
         quarantine(config, catalog, records)
         summary.quarantined = catalog.count("bad")
     found = {
@@ -135,44 +147,36 @@ def held_out_records(config: Config, split: str, rows: set[int]) -> dict[int, di
         return {row: json.loads(line) for row, line in enumerate(lines) if row in rows}
 
 
-def _rows(
-    config: Config,
-    catalog: Catalog,
-    split: str,
-    template: Template,
-    count: Callable[[str], int],
-    tasks: Counter[str],
-    used: set[str],
-) -> Iterator[tuple[Entry, PreparedSample]]:
-    """``tokenised``, counting on the way its tasks and the modalities that it uses."""
-    for entry, row in tokenised(config, catalog, split, template, count):
-        tasks[row.task] += 1
-        used |= {name.split("/")[0] for name in row.media}
-        yield entry, row
-
-
 def _write_split(
-    config: Config, split: str, rows: Iterator[tuple[Entry, PreparedSample]], weights: list[float]
-) -> list[Span]:
-    """The prepared samples, of a held-out split also what was asked; returns which rows are of which source."""
+    config: Config, split: str, rows: Iterator[Tokenised], weights: list[float]
+) -> tuple[list[Span], Counter[str], set[str], list[dict[str, str]]]:
+    """The prepared samples, of a held-out split also what was asked, of dev also with the answers.
+
+    Returns which rows are of which source, the number of samples by task, the kinds of media, and what was shortened.
+    """
     spans: list[Span] = []
-    path = data_dir(config) / f"{split}.arrow"
-    asked = _asked_path(config, split)
-    asked.parent.mkdir(parents=True, exist_ok=True)
-    with open(asked, "w", encoding="utf-8") if split != "train" else nullcontext() as lines:
-
-        def write_through() -> Iterator[PreparedSample]:
-            source = None
-            for number, (entry, row) in enumerate(rows):
-                if entry.placed.source != source:
-                    source = entry.placed.source
-                    spans.append(Span(number, weights[source]))
-                if lines is not None:
-                    lines.write(json.dumps(_asked(entry.placed.sample)) + "\n")
-                yield row
-
-        write_samples(path, write_through())
-    return spans
+    tasks: Counter[str] = Counter()
+    kinds: set[str] = set()
+    notes: list[dict[str, str]] = []
+    folder, source = data_dir(config), None
+    with ExitStack() as files:
+        writer = files.enter_context(SampleWriter(folder / f"{split}.arrow"))
+        answered = files.enter_context(SampleWriter(folder / f"{VALIDATION}.arrow")) if split == "dev" else None
+        asked = files.enter_context(open(_asked_path(config, split), "w")) if split != "train" else None
+        for number, item in enumerate(rows):
+            writer.add(item.row)
+            if answered is not None and item.whole is not None:
+                answered.add(item.whole)
+            if asked is not None:
+                asked.write(json.dumps(_asked(item.placed.sample)) + "\n")
+            if item.placed.source != source:
+                source = item.placed.source
+                spans.append(Span(number, weights[source]))
+            tasks[item.row.task] += 1
+            kinds |= {name.split("/")[0] for name in item.row.media}
+            if item.note is not None:
+                notes.append({"split": split, "id": item.row.id, "what": item.note})
+    return spans, tasks, kinds, notes
 
 
 def _asked(sample: Sample) -> dict[str, Any]:
@@ -214,6 +218,8 @@ def _stamp(
         fingerprint(files),
         [source.weight for source in data.sources],
     ]
+    if data.too_long != "refuse":
+        parts.append(data.too_long)
     if pretrained is not None:
         parts += [data.template, pretrained.tokenizer.to_str(), pretrained.legacy]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -11,7 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from tokenizers import Tokenizer
 
 from unimoe_ray.data.sentencepiece import load_sentencepiece
-from unimoe_ray.data.tokenizer import BOS, EOS, load_tokenizer
+from unimoe_ray.data.tokenizer import BOS, CHATML_END, CHATML_START, EOS, load_tokenizer
 from unimoe_ray.errors import UnimoeError
 
 _KEY = "model.language.pretrained"
@@ -25,11 +25,10 @@ class PretrainedTokenizer(NamedTuple):
     legacy: bool
 
 
-def load_pretrained_tokenizer(path: str) -> PretrainedTokenizer:
+def load_pretrained_tokenizer(path: str, template: str) -> PretrainedTokenizer:
     """``tokenizer.model`` (as LLaMA's authors and Vicuna's publish it), or else ``tokenizer.json``.
 
-    Raises UnimoeError when there is neither, or when it is not of LLaMA's kind: the Vicuna template relies on ``<s>``,
-    ``</s>`` and on a space before every text that is encoded.
+    Raises UnimoeError when there is neither, or when it lacks what the template relies on.
     """
     if (model := _file(path, "tokenizer.model")) is not None:
         tokenizer = load_sentencepiece(model)
@@ -37,11 +36,25 @@ def load_pretrained_tokenizer(path: str) -> PretrainedTokenizer:
         tokenizer = load_tokenizer(fast)
     else:
         raise UnimoeError(f"{_KEY}: {path}: has no tokenizer.model and no tokenizer.json")
-    pieces = tokenizer.encode("a", add_special_tokens=False).tokens
-    if not pieces or not pieces[0].startswith("▁") or None in (tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)):
-        raise UnimoeError(f"{_KEY}: {path}: its tokenizer is not of LLaMA's kind, which data.template=vicuna_v1 needs")
+    if not _fits(tokenizer, template):
+        raise UnimoeError(
+            f"{_KEY}: {path}: its tokenizer is not of {_KINDS[template]}, which data.template={template} needs"
+        )
     settings = _file(path, "tokenizer_config.json")
     return PretrainedTokenizer(tokenizer, True if settings is None else _legacy(settings))
+
+
+_KINDS = {"vicuna_v1": "LLaMA's kind", "smollm2": "SmolLM2's kind"}
+
+
+def _fits(tokenizer: Tokenizer, template: str) -> bool:
+    """Vicuna's relies on ``<s>``, ``</s>`` and a space before every text that is encoded, ChatML on its two tokens."""
+    pieces = tokenizer.encode("a", add_special_tokens=False).tokens
+    spaced = bool(pieces) and pieces[0].startswith("▁")
+    chatml = None not in map(tokenizer.token_to_id, (CHATML_START, CHATML_END))
+    if template == "smollm2":
+        return chatml and not spaced
+    return spaced and not chatml and None not in map(tokenizer.token_to_id, (BOS, EOS))
 
 
 def _legacy(settings: Path) -> bool:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from unimoe_ray.config.model import IGNORE_INDEX, PLACEHOLDER_IDS
 from unimoe_ray.data.schema import PLACEHOLDER, Media, Sample
-from unimoe_ray.data.tokenizer import ASSISTANT, BOS, EOS
+from unimoe_ray.data.tokenizer import ASSISTANT, BOS, EOS, end_token
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def plain_text(text: str) -> str:
 
 def decode(ids: list[int], tokenizer: Tokenizer) -> str:
     """Generated ids to text, up to the end token, without special tokens and outer spaces."""
-    end = tokenizer.token_to_id(EOS)
+    end = end_token(tokenizer)
     if end in ids:
         ids = ids[: ids.index(end)]
     return tokenizer.decode(ids, skip_special_tokens=True).strip()

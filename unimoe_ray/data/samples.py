@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,33 +61,53 @@ class Source:
     spans: tuple[Span, ...] = ()
 
 
+class SampleWriter:
+    """One Arrow file of prepared samples; a context manager: the file is visible once it is left without an error.
+    A bounded number of samples is held in memory."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        self._names: dict[str, dict[str, int]] = {f.name: {} for f in SCHEMA if pa.types.is_dictionary(f.type)}
+        self._part: list[PreparedSample] = []
+        self._tokens = 0
+
+    def __enter__(self) -> SampleWriter:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._sink = pa.OSFile(str(self._temporary), "wb")
+        # A later batch may bring new names of tasks and groups: they are added behind those that are known.
+        options = pa.ipc.IpcWriteOptions(emit_dictionary_deltas=True)
+        self._writer = pa.ipc.new_file(self._sink, SCHEMA, options=options)
+        self._batches = 0
+        return self
+
+    def add(self, sample: PreparedSample) -> None:
+        self._part.append(sample)
+        self._tokens += len(sample.ids)
+        if len(self._part) == BATCH_ROWS or self._tokens >= BATCH_TOKENS:
+            self._flush()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None and (self._part or not self._batches):
+            self._flush()
+        self._writer.close()
+        self._sink.close()
+        if kind is None:
+            self._temporary.replace(self._path)
+        else:
+            self._temporary.unlink()
+
+    def _flush(self) -> None:
+        self._writer.write_batch(_batch(self._part, self._names))
+        self._batches += 1
+        self._part, self._tokens = [], 0
+
+
 def write_samples(path: Path, samples: Iterable[PreparedSample]) -> None:
-    """One Arrow file, visible only when complete; a bounded number of samples is held in memory."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    # A later batch may bring new names of tasks and groups: they are added behind those that are known.
-    options = pa.ipc.IpcWriteOptions(emit_dictionary_deltas=True)
-    names: dict[str, dict[str, int]] = {field.name: {} for field in SCHEMA if pa.types.is_dictionary(field.type)}
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA, options=options) as writer:
-        written = False
-        for part in _parts(samples):
-            writer.write_batch(_batch(part, names))
-            written = True
-        if not written:
-            writer.write_batch(_batch([], names))
-    temporary.replace(path)
-
-
-def _parts(samples: Iterable[PreparedSample]) -> Iterator[list[PreparedSample]]:
-    part, tokens = [], 0
-    for sample in samples:
-        part.append(sample)
-        tokens += len(sample.ids)
-        if len(part) == BATCH_ROWS or tokens >= BATCH_TOKENS:
-            yield part
-            part, tokens = [], 0
-    if part:
-        yield part
+    """One Arrow file, visible only when complete."""
+    with SampleWriter(path) as writer:
+        for sample in samples:
+            writer.add(sample)
 
 
 def _batch(samples: list[PreparedSample], names: dict[str, dict[str, int]]) -> pa.RecordBatch:
@@ -109,7 +129,8 @@ class SampleTable:
     def __init__(self, path: Path):
         self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         self.lengths = self._table["length"].to_numpy()
-        self.groups = np.asarray(self._column("group").indices)
+        column = self._column("group")
+        self.groups, self.group_names = np.asarray(column.indices), column.dictionary.to_pylist()
 
     def __len__(self) -> int:
         return len(self._table)

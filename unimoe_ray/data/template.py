@@ -6,6 +6,7 @@ from typing import Protocol
 
 from tokenizers import Tokenizer
 
+from unimoe_ray.data.chatml import SMOLLM2_SYSTEM, ChatMLTemplate
 from unimoe_ray.data.prompt import Encoded, encode_prompt, encode_sample
 from unimoe_ray.data.schema import Sample
 from unimoe_ray.data.vicuna import VicunaTemplate
@@ -37,9 +38,11 @@ class CompactTemplate:
 
 
 def make_template(name: str, tokenizer: Tokenizer, legacy: bool = True) -> Template:
-    """``compact`` or ``vicuna_v1``; ``legacy`` as in ``VicunaTemplate``. Raises ValueError for another name."""
+    """``compact``, ``vicuna_v1`` or ``smollm2``; ``legacy`` as in ``VicunaTemplate``. Raises ValueError for others."""
     if name == "compact":
         return CompactTemplate(tokenizer)
     if name == "vicuna_v1":
         return VicunaTemplate(tokenizer, legacy)
-    raise ValueError(f"template '{name}' does not exist; allowed: compact, vicuna_v1")
+    if name == "smollm2":
+        return ChatMLTemplate(tokenizer, SMOLLM2_SYSTEM)
+    raise ValueError(f"template '{name}' does not exist; allowed: compact, vicuna_v1, smollm2")

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 PAD, BOS, EOS, ASSISTANT = "<pad>", "<s>", "</s>", "<|assistant|>"
 SPECIALS = (PAD, BOS, EOS, ASSISTANT)
+CHATML_START, CHATML_END = "<|im_start|>", "<|im_end|>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -29,3 +30,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def end_token(tokenizer: Tokenizer) -> int:
+    """The id that ends an answer: ``<|im_end|>`` where there is one, else ``</s>``."""
+    end = tokenizer.token_to_id(CHATML_END)
+    return tokenizer.token_to_id(EOS) if end is None else end

@@ -12,7 +12,7 @@ from unimoe_ray.data.batch import collate
 from unimoe_ray.data.prompt import decode
 from unimoe_ray.data.samples import PreparedSample
 from unimoe_ray.data.store import StoredFeatures
-from unimoe_ray.data.tokenizer import EOS
+from unimoe_ray.data.tokenizer import end_token
 from unimoe_ray.model.language import mixtures
 from unimoe_ray.model.unimoe import UniMoE, to_batch
 
@@ -34,7 +34,7 @@ def answer(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         arrays = collate([prompts[i] for i in rows], features, pad_left=True, with_labels=False)
-        tokens = model.generate(to_batch(arrays), max_new_tokens, tokenizer.token_to_id(EOS))
+        tokens = model.generate(to_batch(arrays), max_new_tokens, end_token(tokenizer))
         for row, ids in zip(rows, tokens.tolist(), strict=True):
             answers[row] = decode(ids, tokenizer)
     return answers

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from unimoe_ray.data.schema import PLACEHOLDER
 from unimoe_ray.errors import UnimoeError, UsageError
 from unimoe_ray.evaluation.answer import answer, expert_load
 from unimoe_ray.evaluation.metrics import exact_match, task_score
+from unimoe_ray.evaluation.tokens import write_token_routing
 from unimoe_ray.training.checkpoint import checkpoint_dir, is_complete, load_info, load_model
 
 ROUTING_SAMPLES = 60
@@ -58,13 +60,24 @@ def evaluate(
     tasks: list[str] | None = None,
     shards: int = 1,
     on_progress: Callable[[int, int], None] | None = None,
+    routing_file: Path | None = None,
 ) -> Evaluation:
-    """Greedy answers of every evaluated task, scored by exact match."""
+    """Greedy answers of every evaluated task, scored by exact match.
+
+    routing_file: for the experts of every token of the prompts (``evaluation.tokens.schema``)
+    """
     source = prepare.source(config, split)
     table = SampleTable(Path(source.samples))
     chosen = _choose(config, table.by_task(), tasks)
     rows = {task: [int(row) for row in indices] for task, indices in chosen.items()}
     flat = sorted((row for task_rows in rows.values() for row in task_rows), key=lambda row: int(table.lengths[row]))
+    if routing_file is not None:
+        model, _, tokenizer = load_model(model_dir)
+        prompts = [table.get(row) for row in flat]
+        batch_size = config.evaluation.batch_size
+        write_token_routing(
+            routing_file, model, tokenizer, prompts, partial(read_features, source), batch_size=batch_size
+        )
     size = max(config.evaluation.batch_size, -(-len(flat) // (8 * shards)))
     parts = [flat[i : i + size] for i in range(0, len(flat), size)]
     remote = ray.remote(num_cpus=1)(_answer_rows)

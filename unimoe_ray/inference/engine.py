@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from unimoe_ray.config.serving import EngineConfig
-from unimoe_ray.data.tokenizer import EOS
+from unimoe_ray.data.tokenizer import end_token
 from unimoe_ray.inference.forward import Span, forward
 from unimoe_ray.inference.kv_cache import KVArena
 from unimoe_ray.inference.request import (
@@ -61,7 +61,7 @@ class Engine:
         self.queue_seconds: deque[float] = deque(maxlen=4096)
         self.step_tokens: deque[int] = deque(maxlen=4096)
         self._embedding = embedding
-        self._end = tokenizer.token_to_id(EOS)
+        self._end = end_token(tokenizer)
 
     def start(self, request: GenerationRequest) -> Sequence:
         """A checked request, not yet waiting. Raises RequestRefused naming the part at fault."""

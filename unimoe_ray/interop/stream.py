@@ -11,20 +11,23 @@ from types import TracebackType
 import torch
 
 _ALIGNMENT = 8
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class TensorWriter:
-    """A context manager. ``shapes``: every tensor that the file will hold, all fp32; each is to be written once.
+    """A context manager. ``shapes``: every tensor that the file will hold, all of one ``dtype``; each is to be written
+    once.
 
     Raises ValueError for another name or shape, one that was written already, and at the end for what is missing.
     """
 
-    def __init__(self, path: Path, shapes: Mapping[str, Sequence[int]]):
+    def __init__(self, path: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype = torch.float32):
+        self._dtype = dtype
         header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
         at = 0
         for name, shape in shapes.items():
-            size = 4 * math.prod(shape)
-            header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, at + size]}
+            size = dtype.itemsize * math.prod(shape)
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
             at += size
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % _ALIGNMENT)
@@ -40,7 +43,8 @@ class TensorWriter:
             raise ValueError(f"{name} {tuple(tensor.shape)} is not to be written")
         del self._left[name]
         self._file.seek(self._start + about["data_offsets"][0])
-        self._file.write(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
+        values = tensor.detach().to("cpu", self._dtype).contiguous()
+        self._file.write(values.reshape(-1).view(torch.uint8).numpy().data)
 
     def __enter__(self) -> TensorWriter:
         return self

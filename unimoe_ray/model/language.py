@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from unimoe_ray.config.model import TOKEN_KINDS, LanguageConfig, MoEConfig
 from unimoe_ray.errors import UsageError
+from unimoe_ray.model.modality_losses import kl_losses, multimodal_losses
 from unimoe_ray.model.moe import MoELayer
 from unimoe_ray.model.pretrained import naming, read_config, read_pretrained
 from unimoe_ray.model.routing import RoutingStats, RoutingSums, balance_loss, z_loss
@@ -22,6 +23,7 @@ class RoutingRecorder:
 
     token_mask [T] bool or None: tokens that are routed; padding passes through as zeros
     kinds [routed tokens] int64 or None: index of each token's kind in ``TOKEN_KINDS``
+    samples: rows of the batch, of equally many tokens each, that the mask is of
     group_sum: sums a tensor over the processes that share a step, for the losses of the routers; alone, the tensor
         itself
     """
@@ -29,26 +31,53 @@ class RoutingRecorder:
     def __init__(self) -> None:
         self.token_mask: torch.Tensor | None = None
         self.kinds: torch.Tensor | None = None
+        self.samples = 1
         self.layers: list[RoutingStats] = []
         self.group_sum: Callable[[torch.Tensor], torch.Tensor] | None = None
 
-    def start(self, token_mask: torch.Tensor | None, kinds: torch.Tensor | None = None) -> None:
-        self.token_mask, self.kinds, self.layers = token_mask, kinds, []
+    def start(self, token_mask: torch.Tensor | None, kinds: torch.Tensor | None = None, samples: int = 1) -> None:
+        self.token_mask, self.kinds, self.samples, self.layers = token_mask, kinds, samples, []
 
     def sums(self) -> RoutingSums:
         """Statistics of the pass by layer and kind of token, fields [L, G, ...]. Needs a mixture."""
         return RoutingSums.stack([stats.sums for stats in self.layers])
 
     def loss(self, config: MoEConfig) -> torch.Tensor | float:
-        """Weighted balance loss and z-loss of the pass, over the tokens of the whole group; 0 if both are off."""
-        if not self.layers or not (config.balance_coef or config.z_loss_coef):
+        """Weighted losses of the pass, over the tokens and samples of the whole group; 0 if all are off."""
+        if not self.layers:
             return 0.0
+        loss: torch.Tensor | float = 0.0
+        if config.balance_coef or config.z_loss_coef:
+            loss = loss + self._load_losses(config)
+        if config.multimodal_loss_coef or config.kl_loss_coef:
+            loss = loss + self._modality_losses(config)
+        return loss
+
+    def _load_losses(self, config: MoEConfig) -> torch.Tensor:
         sums = self.sums()
         if self.group_sum is not None:
             sums = sums.map(self.group_sum)
         balance = balance_loss(sums, config.balance_share, config.balance_per)
         balance = balance.mean() if config.balance_over_layers == "mean" else balance.sum()
         return config.balance_coef * balance + config.z_loss_coef * z_loss(sums).mean()
+
+    def _modality_losses(self, config: MoEConfig) -> torch.Tensor:
+        """Means over the samples of the group; over layers as the balance loss."""
+        owners = self.token_mask.nonzero().squeeze(-1) // (len(self.token_mask) // self.samples)
+        layers = []
+        for stats in self.layers:
+            about = stats.routing.logits, self.kinds, owners, self.samples
+            loss = config.kl_loss_coef * kl_losses(*about) if config.kl_loss_coef else 0.0
+            if config.multimodal_loss_coef:
+                loss = loss + config.multimodal_loss_coef * multimodal_losses(*about, config.experts_by_modality())
+            layers.append(loss.sum())
+        total = torch.stack(layers)
+        total = total.mean() if config.balance_over_layers == "mean" else total.sum()
+        samples = (torch.bincount(owners, minlength=self.samples) > 0).sum().to(total.dtype)
+        if self.group_sum is not None:
+            # This process's part of a mean over all samples: the parts are added up, as gradients are.
+            samples = self.group_sum(samples)
+        return total / samples.clamp(min=1)
 
 
 class SparseFeedForward(MoELayer):
@@ -61,14 +90,13 @@ class SparseFeedForward(MoELayer):
         self.recorder = recorder
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        mask = self.recorder.token_mask
-        kinds = self.recorder.kinds
-        if mask is None:
+        mask, kinds = self.recorder.token_mask, self.recorder.kinds
+        index = None if mask is None else mask.nonzero().squeeze(-1)
+        if index is None or len(index) == len(mask):
             y, stats = super().forward(x, kinds, len(TOKEN_KINDS))
         else:
             tokens = x.reshape(-1, x.shape[-1])
-            index = mask.nonzero().squeeze(-1)
-            routed, stats = super().forward(tokens[index], kinds, len(TOKEN_KINDS))
+            routed, stats = super().forward(tokens.index_select(0, index), kinds, len(TOKEN_KINDS))
             y = torch.zeros_like(tokens).index_copy(0, index, routed.to(tokens.dtype)).view_as(x)
         self.recorder.layers.append(stats)
         return y

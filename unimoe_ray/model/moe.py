@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from unimoe_ray.model.experts import SwiGLU, run_experts
 from unimoe_ray.model.routing import Routing, RoutingStats, route
@@ -39,7 +40,7 @@ class MoELayer(nn.Module):
     def mix(self, tokens: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens [T, H] through their experts: [T, H], and the routed slots of each expert [E] int64."""
         order, counts = sort_slots(routing.experts, self.num_experts)
-        outputs = run_experts(self.experts, tokens[order // self.top_k], counts.tolist())
+        outputs = run_experts(self.experts, dispatch(tokens, order, self.top_k), counts.tolist())
         return combine(outputs, order, routing.weights), counts
 
 
@@ -52,8 +53,61 @@ def sort_slots(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, t
     return slots.argsort(stable=True), torch.bincount(slots, minlength=num_experts)
 
 
+def dispatch(tokens: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Tokens [T, H] as the rows of sorted slots [T*K, H]. Differentiable once."""
+    if not torch.is_grad_enabled():
+        return tokens.index_select(0, order // top_k)
+    return _Dispatch.apply(tokens, order, top_k)
+
+
 def combine(outputs: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Outputs of sorted slots [T*K, H] back to their tokens, weighted by weights [T, K]: [T, H]."""
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    routed = outputs[inverse].view(*weights.shape, outputs.shape[-1])
-    return (routed * weights.unsqueeze(-1).to(routed.dtype)).sum(dim=1)
+    """Outputs of sorted slots [T*K, H] back to their tokens, weighted by weights [T, K]: [T, H].
+
+    Differentiable once.
+    """
+    weights = weights.to(outputs.dtype)
+    if not torch.is_grad_enabled():
+        return _sum_slots(outputs, order, weights.shape[1], weights)
+    return _Combine.apply(outputs, order, weights)
+
+
+def _sum_slots(rows: torch.Tensor, order: torch.Tensor, top_k: int, weights: torch.Tensor | None) -> torch.Tensor:
+    """Rows of sorted slots, weighted, summed over the K of each token, in one pass."""
+    inverse = order.argsort()
+    starts = torch.arange(0, len(order), top_k, device=order.device)
+    weights = None if weights is None else weights.reshape(-1)
+    return torch.embedding_bag(rows, inverse, starts, mode=0, per_sample_weights=weights)[0]
+
+
+class _Dispatch(torch.autograd.Function):
+    """Indexing whose backward adds the slots of a token in one pass, in a fixed order."""
+
+    @staticmethod
+    def forward(ctx, tokens: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tensor:
+        ctx.save_for_backward(order)
+        ctx.top_k = top_k
+        return tokens.index_select(0, order // top_k)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        (order,) = ctx.saved_tensors
+        return _sum_slots(grad.contiguous(), order, ctx.top_k, None), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """``embedding_bag`` has no gradient for its table but a dense one of atomics: here it is a gather."""
+
+    @staticmethod
+    def forward(ctx, outputs: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(outputs, order, weights)
+        return _sum_slots(outputs, order, weights.shape[1], weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        outputs, order, weights = ctx.saved_tensors
+        upstream = grad.index_select(0, order // weights.shape[1])
+        of_weights = torch.empty_like(weights)
+        of_weights.view(-1)[order] = torch.linalg.vecdot(upstream, outputs)
+        return upstream.mul_(weights.reshape(-1)[order].unsqueeze(-1)), None, of_weights

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from unimoe_ray.errors import UnimoeError
@@ -21,7 +22,7 @@ def read_pretrained(kind: type[PreTrainedModel], config: type[PreTrainedConfig],
     """``kind.from_pretrained`` in fp32, from a folder or the hub. Weights that the files lack would be random: they are
     an error. Raises ValueError naming the first of them, or as ``read_config``."""
     found = read_config(config, path)
-    with _quiet():
+    with quiet():
         network, report = kind.from_pretrained(path, config=found, dtype=torch.float32, output_loading_info=True)
     missing = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
     if missing:
@@ -55,7 +56,15 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def uninitialised() -> Iterator[None]:
+    """Modules made here have whatever was in memory for weights: for those that a file will fill at once, as random
+    numbers for billions of parameters take minutes. Not for several threads at a time: torch's initialisers are off."""
+    with no_init_weights():
+        yield
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
     """No progress bars, and no list of the weights that are left over (CLIP's text encoder)."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -19,3 +19,8 @@ def active_per_token(module: nn.Module) -> int:
         if isinstance(layer, MoELayer):
             idle += (layer.num_experts - layer.top_k) * total(layer.experts[0])
     return total(module) - idle
+
+
+def in_experts(module: nn.Module) -> int:
+    """Those of all experts of all mixtures, without routers."""
+    return sum(total(layer.experts) for layer in module.modules() if isinstance(layer, MoELayer))

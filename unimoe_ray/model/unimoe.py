@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from unimoe_ray.config.model import IGNORE_INDEX, MODALITIES, PLACEHOLDER_IDS, TOKEN_KINDS, ModelConfig
+from unimoe_ray.config.model import IGNORE_INDEX, PLACEHOLDER_IDS, TOKEN_KINDS, ModelConfig
 from unimoe_ray.errors import UnimoeError
-from unimoe_ray.model.connectors import build_connector
+from unimoe_ray.model.connectors import build_connectors
 from unimoe_ray.model.features import Features
 from unimoe_ray.model.language import RoutingRecorder, build_llama, upcycle
 from unimoe_ray.model.splice import splice
@@ -91,10 +91,7 @@ class UniMoE(nn.Module):
         self.config = config
         self.recorder = RoutingRecorder()
         self.language = build_llama(config.language, vocab_size) if llama is None else LlamaForCausalLM(llama)
-        hidden = self.language.config.hidden_size
-        self.connectors = nn.ModuleDict(
-            {m: build_connector(m, feature_dims[m], hidden, config.connector_of(m), config.video) for m in MODALITIES}
-        )
+        self.connectors = build_connectors(feature_dims, self.language.config.hidden_size, config)
 
     @property
     def max_positions(self) -> int:
@@ -127,7 +124,7 @@ class UniMoE(nn.Module):
         and no attention mask is needed. Raises UnimoeError when it is longer than ``max_positions``."""
         self._check_length(batch, 0)
         embeddings = self.embed(batch)
-        self.recorder.start(batch.mask.reshape(-1), token_kinds(batch.input_ids[batch.mask]))
+        self.recorder.start(batch.mask.reshape(-1), token_kinds(batch.input_ids[batch.mask]), len(batch.mask))
         decoder = self.language.get_decoder()
         hidden = decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         targets = batch.labels[:, 1:].reshape(-1)

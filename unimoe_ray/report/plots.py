@@ -14,6 +14,8 @@ from unimoe_ray.report.read import Curve
 WIDTH, HEIGHT = 380, 220
 LEFT, RIGHT, TOP, BOTTOM = 42, 10, 10, 26
 MAX_POINTS = 500
+MAX_NUMBERS = 16  # columns of a heat map that has its numbers in it
+LEVELS = 20  # colours of a strip
 Z_95 = 1.959964
 PALETTE = ("text", "image", "video", "speech", "audio", "answer", "base")
 
@@ -44,11 +46,11 @@ def loss_chart(curve: Curve) -> Html | None:
     smooth = smoothed(mean)
     title = f"Loss of {curve.run}, from {smooth[0]:.3g} at step {steps[0]} to {smooth[-1]:.3g} at step {steps[-1]}"
     x1, top = max(steps[-1], steps[0] + 1), float(high.max())
-    linear = _Axes(steps[0], x1, min(0.0, float(low.min())), max(0.0, top) or 1.0, log=False)
+    linear = Axes(steps[0], x1, min(0.0, float(low.min())), max(0.0, top) or 1.0, log=False)
     charts = [_draw(linear, curve, steps, low, mean, high, smooth, title)]
     floor = float(low.min())
     if floor > 0:
-        log = _Axes(linear.x0, linear.x1, floor / 1.1, top * 1.1, log=True)
+        log = Axes(linear.x0, linear.x1, floor / 1.1, top * 1.1, log=True)
         charts.append(_draw(log, curve, steps, low, mean, high, smooth, title))
     else:
         charts.append(tag("p", "The loss reaches 0: no logarithmic scale.", class_="missing scale-log"))
@@ -99,14 +101,23 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     return total / np.convolve(np.ones(n), weights, mode="full")[reach : reach + n]
 
 
-class _Axes:
-    """Data to picture coordinates."""
+class Axes:
+    """Data to picture coordinates. size: width of the picture, and what is free at the right of it."""
 
-    def __init__(self, x0: float, x1: float, y0: float, y1: float, log: bool):
+    def __init__(
+        self,
+        x0: float,
+        x1: float,
+        y0: float,
+        y1: float,
+        log: bool,
+        size: tuple[int, int] = (WIDTH, RIGHT),
+    ):
         self.x0, self.x1, self.y0, self.y1, self.log = float(x0), float(x1), y0, y1, log
+        self.end = size[0] - size[1]
 
     def x(self, value: float) -> float:
-        return round(LEFT + (value - self.x0) / (self.x1 - self.x0) * (WIDTH - LEFT - RIGHT), 1)
+        return round(LEFT + (value - self.x0) / (self.x1 - self.x0) * (self.end - LEFT), 1)
 
     def y(self, value: float) -> float:
         if self.log:
@@ -119,7 +130,7 @@ class _Axes:
         return "M" + "L".join(f"{self.x(a):g},{self.y(b):g}" for a, b in zip(xs, ys, strict=True))
 
 
-def _draw(axes: _Axes, curve: Curve, steps, low, mean, high, smooth, title: str) -> Html:
+def _draw(axes: Axes, curve: Curve, steps, low, mean, high, smooth, title: str) -> Html:
     parts: list[Html] = [tag("title", title)]
     for value in log_ticks(axes.y0, axes.y1) if axes.log else linear_ticks(axes.y0, axes.y1):
         y = axes.y(value)
@@ -192,17 +203,87 @@ def heat_map(modality: str, layers: list[list[float]], experts: Sequence[str], f
     A share of ``full`` has the full colour.
     """
     columns = max(map(len, layers))
+    numbers = columns <= MAX_NUMBERS
     names = [experts[e] if e < len(experts) else f"expert {e}" for e in range(columns)]
-    head = tag("tr", tag("th", "layer", scope="col"), [tag("th", name, scope="col") for name in names])
+    heads = names if numbers else range(columns)
+    head = tag("tr", tag("th", "layer", scope="col"), [tag("th", name, scope="col") for name in heads])
     rows = [
-        tag("tr", tag("th", number, scope="row"), [_cell(share, share / full) for share in shares])
+        tag("tr", tag("th", number, scope="row"), [_cell(share, share / full, numbers) for share in shares])
         for number, shares in enumerate(layers, 1)
     ]
     caption = tag("figcaption", tag("span", class_="dot"), tag("strong", modality))
     table = tag("table", tag("thead", head), tag("tbody", rows), aria_label=f"Expert load of {modality} tokens")
-    return tag("figure", caption, table, class_=f"map {colour_of(modality)}")
+    if numbers:
+        return tag("figure", caption, table, class_=f"map {colour_of(modality)}")
+    return tag("figure", caption, tag("div", table, class_="scroll"), class_=f"map dense {colour_of(modality)}")
 
 
-def _cell(share: float, depth: float) -> Html:
+def _cell(share: float, depth: float, number: bool) -> Html:
+    """With its number in it, or of many small ones, to be read by pointing at it."""
+    if not number:
+        return tag("td", style=f"--depth:{100 * depth:.1f}%", title=f"{100 * share:.1f} %")
     ink = "strong" if depth > 0.8 else "middling" if depth > 0.65 else None
     return tag("td", f"{100 * share:.0f}", style=f"--depth:{100 * depth:.1f}%", class_=ink)
+
+
+def heat_strips(
+    title: str,
+    rows: Sequence[str],
+    shares: np.ndarray,
+    spans: Sequence[tuple[int, int]],
+    full: float,
+    what: str,
+    colour: str,
+) -> Html:
+    """A row of cells per name, a column per span of steps (first, last), as coloured as its share; NaN stays empty.
+
+    shares [rows, spans]; a share of ``full`` has the full colour. The first and the last share stand beside each row
+    as numbers; the page's script reads off the others.
+    """
+    count = len(spans)
+    cells: dict[int, list[str]] = {}
+    for row, values in enumerate(shares):
+        for column, share in enumerate(values):
+            if np.isfinite(share):
+                level = round(LEVELS * min(share / full, 1.0))
+                cells.setdefault(level, []).append(f"M{column},{row}h1v1h-1z")
+    paths = [
+        tag("path", d="".join(parts), style=f"--depth:{100 * level / LEVELS:.0f}%", class_="cell")
+        for level, parts in sorted(cells.items())
+    ]
+    drawn = tag(
+        "svg",
+        paths,
+        tag("rect", width=1, height=len(rows), visibility="hidden", class_="cursor"),
+        viewBox=f"0 0 {count} {len(rows)}",
+        preserveAspectRatio="none",
+        role="img",
+        tabindex=0,
+        aria_label=f"{title}, {what}, from step {spans[0][0]} to {spans[-1][1]}",
+    )
+    labels = []
+    for name, values in zip(rows, shares, strict=True):
+        known = values[np.isfinite(values)]
+        ends = f"{100 * known[0]:.0f} → {100 * known[-1]:.0f}" if len(known) else "–"
+        labels.append((tag("span", name, title=name), tag("span", ends)))
+    table = {
+        "rows": list(rows),
+        "spans": [list(span) for span in spans],
+        "shares": [[None if not np.isfinite(v) else round(100 * float(v), 1) for v in values] for values in shares],
+    }
+    steps = tag("p", tag("span", f"step {spans[0][0]}"), tag("span", spans[-1][1]), class_="span num")
+    return tag(
+        "figure",
+        tag("figcaption", tag("strong", title), tag("output", "first → last, %", class_="readout num")),
+        tag(
+            "div",
+            tag("div", [name for name, _ in labels], class_="names"),
+            drawn,
+            tag("div", [ends for _, ends in labels], class_="ends num"),
+            class_="grid-of",
+            style=f"--rows:{len(rows)}",
+        ),
+        steps,
+        class_=f"strip {colour}",
+        data_strip=json.dumps(table, separators=(",", ":")),
+    )

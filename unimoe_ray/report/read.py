@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from unimoe_ray.errors import UnimoeError
+from unimoe_ray.report.history import RoutingHistory
 
 
 @dataclass
@@ -29,6 +30,8 @@ class Curve:
     samples: list[int] = field(default_factory=list)
     worlds: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
+    routing: RoutingHistory = field(default_factory=RoutingHistory)
+    validations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
     def add(self, record: dict[str, Any]) -> None:
         step = int(record["step"])
@@ -45,6 +48,10 @@ class Curve:
         self.samples.append(int(record.get("samples") or 0))
         self.worlds.append(int(record.get("world") or 1))
         self.times.append(float(record.get("time") or 0))
+        self.routing.add(step, record)
+        if validation := record.get("validation"):
+            losses = {str(group): float(loss) for group, loss in validation.items()}
+            self.validations = [known for known in self.validations if known[0] < step] + [(step, losses)]
 
     def _go_back(self, step: int) -> None:
         """A run that was stopped did its later steps again: only the last time counts."""
@@ -63,16 +70,26 @@ class Curve:
 
 @dataclass(frozen=True)
 class RunData:
-    """``config`` and ``evaluation`` as in their files; ``quarantine`` counts records by reason."""
+    """``config``, ``evaluation`` and ``findings`` as in their files; ``quarantine`` counts records by reason."""
 
     folder: Path
     config: dict[str, Any]
     curves: list[Curve]
+    findings: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
     samples: list[dict[str, Any]]
     routing: dict[str, Any] | None
     quarantine: Counter[str]
     notes: list[str]
+
+    @property
+    def experts(self) -> list[str]:
+        """What fills each expert slot, as the configuration or the routing report has it; [] if neither does."""
+        tree: Any = self.config
+        for key in ("model", "moe", "slots"):
+            tree = tree.get(key) if isinstance(tree, dict) else None
+        slots = (self.routing or {}).get("experts") or tree
+        return [str(slot) for slot in slots] if isinstance(slots, list) else []
 
 
 def read_run(folder: Path) -> RunData:
@@ -88,6 +105,7 @@ def read_run(folder: Path) -> RunData:
             folder=folder,
             config=_config(folder / "config.yaml", notes),
             curves=_curves(folder / "metrics.jsonl", notes),
+            findings=[f for f in _lines(folder / "findings.jsonl", notes) if _is_finding(f)],
             evaluation=_object(folder / "eval.json", _is_evaluation, notes),
             samples=[s for s in _lines(folder / "eval_samples.jsonl", notes) if _is_sample(s)],
             routing=_object(folder / "routing.json", _is_routing, notes),
@@ -117,7 +135,7 @@ def _curves(path: Path, notes: list[str]) -> list[Curve]:
         curve = curves.setdefault(run, Curve(str(record.get("stage") or run.split("/")[0]), run))
         try:
             curve.add(record)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, AttributeError):
             note = f"{path.name} has lines without a step or with values that are no numbers; they were left out."
             if note not in notes:
                 notes.append(note)
@@ -183,3 +201,8 @@ def _is_share(value: Any) -> bool:
 
 def _is_sample(value: dict[str, Any]) -> bool:
     return all(key in value for key in ("task", "question", "answer", "expected", "correct"))
+
+
+def _is_finding(value: dict[str, Any]) -> bool:
+    numbers = all(isinstance(value.get(key), int) for key in ("step", "since"))
+    return numbers and all(isinstance(value.get(key), str) for key in ("run", "signature", "text"))

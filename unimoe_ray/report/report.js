@@ -48,3 +48,57 @@ for (const figure of document.querySelectorAll("figure.chart")) {
     });
   }
 }
+
+// Reads columns off strips and line charts: with the pointer, or with the arrow keys.
+const columns = (figure, count, at, show) => {
+  const svg = figure.querySelector("svg");
+  const readout = figure.querySelector(".readout");
+  const summary = readout.textContent;
+  let index = count - 1;
+  const move = (to) => {
+    index = Math.min(count - 1, Math.max(0, to));
+    readout.textContent = show(svg, index);
+  };
+  const hide = () => {
+    for (const part of svg.querySelectorAll(".cross, .cursor")) part.setAttribute("visibility", "hidden");
+    readout.textContent = summary;
+  };
+  svg.addEventListener("pointermove", (event) => {
+    const box = svg.getBoundingClientRect();
+    move(at((event.clientX - box.left) / box.width));
+  });
+  svg.addEventListener("pointerleave", hide);
+  svg.addEventListener("focus", () => move(index));
+  svg.addEventListener("blur", hide);
+  svg.addEventListener("keydown", (event) => {
+    const jump = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10, Home: -count, End: count };
+    if (!(event.key in jump)) return;
+    event.preventDefault();
+    move(index + jump[event.key]);
+  });
+};
+for (const figure of document.querySelectorAll("figure.strip")) {
+  const { rows, spans, shares } = JSON.parse(figure.dataset.strip);
+  columns(figure, spans.length, (share) => Math.floor(share * spans.length), (svg, index) => {
+    const cursor = svg.querySelector(".cursor");
+    cursor.setAttribute("x", index);
+    cursor.setAttribute("visibility", "visible");
+    const [first, last] = spans[index];
+    const values = rows.map((row, i) => `${row} ${shares[i][index] ?? "–"}`);
+    const shown = values.length <= 8 ? values.join(", ") : "";
+    return `${first === last ? "step" : "steps"} ${first === last ? first : `${first}–${last}`}: ${shown}`;
+  });
+}
+for (const figure of document.querySelectorAll("figure.lines")) {
+  const { steps, names, values, x } = JSON.parse(figure.dataset.lines);
+  const width = figure.querySelector("svg").viewBox.baseVal.width;
+  const nearest = (share) => x.reduce((best, place, i) =>
+    Math.abs(place - share * width) < Math.abs(x[best] - share * width) ? i : best, 0);
+  columns(figure, steps.length, nearest, (svg, index) => {
+    const cross = svg.querySelector(".cross");
+    cross.setAttribute("x1", x[index]);
+    cross.setAttribute("x2", x[index]);
+    cross.setAttribute("visibility", "visible");
+    return `step ${steps[index]}: ${names.map((name, i) => `${name} ${values[i][index] ?? "–"}`).join(", ")}`;
+  });
+}

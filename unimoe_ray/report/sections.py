@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from unimoe_ray.report.experts import validation_charts
 from unimoe_ray.report.html import Child, Html, missing, tag
-from unimoe_ray.report.plots import accuracy_bar, colour_of, heat_map, loss_chart, percent, wilson
+from unimoe_ray.report.plots import accuracy_bar, colour_of, loss_chart, percent, wilson
 from unimoe_ray.report.read import Curve, RunData
 from unimoe_ray.report.words import count, date, duration, short
-
-_ORDER = ("text", "image", "video", "speech", "audio", "answer")
 
 
 def headline(data: RunData) -> list[Html | None]:
@@ -134,26 +133,18 @@ def losses(data: RunData) -> Child:
         ),
         tag("fieldset", tag("legend", "Scale"), choice, class_="choice"),
         tag("div", charts, class_="charts"),
+        _validations(data),
     ]
 
 
-def experts(data: RunData) -> Child:
-    """A heat map per modality."""
-    load = (data.routing or {}).get("load")
-    if not load:
-        return missing("No routing report: the model has no experts yet, or it has not been evaluated.")
-    names = [str(name) for name in data.routing.get("experts") or []]
-    layers = [layer for modality in load.values() for layer in modality]
-    even = 1 / max(map(len, layers), default=1)
-    lead = (
-        "Where tokens of each kind go: per cent of the routed slots of a layer. "
-        f"Rows add up to 100; an even router gives {100 * even:.0f}."
-    )
-    # One scale for all maps; a router that is nearly even stays pale.
-    full = max([2 * even, *(share for layer in layers for share in layer)])
-    kinds = sorted(load, key=lambda kind: _ORDER.index(kind) if kind in _ORDER else len(_ORDER))
-    maps = [heat_map(kind, load[kind], names, min(full, 1.0)) for kind in kinds if load[kind]]
-    return [tag("p", lead, class_="lead"), tag("div", maps, class_="maps")]
+def _validations(data: RunData) -> Child:
+    if not (charts := validation_charts(data)):
+        return None
+    what = "loss on the same few held-out samples, by the media that they have"
+    return [
+        tag("h3", "Validation while training", tag("span", what, class_="muted")),
+        tag("div", charts, class_="charts pair"),
+    ]
 
 
 def stages(data: RunData) -> Child:

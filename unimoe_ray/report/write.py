@@ -10,9 +10,10 @@ from pathlib import Path
 from unimoe_ray import __version__
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.report.answers import answers
+from unimoe_ray.report.experts import experts, findings
 from unimoe_ray.report.html import Html, tag
 from unimoe_ray.report.read import RunData, read_run
-from unimoe_ray.report.sections import accuracy, experts, headline, losses, quarantine, stages
+from unimoe_ray.report.sections import accuracy, headline, losses, quarantine, stages
 from unimoe_ray.report.words import date
 
 
@@ -45,6 +46,7 @@ def _page(data: RunData, media: Path) -> str:
     sections = [
         ("accuracy", "Accuracy", accuracy(data)),
         ("loss", "Loss", losses(data)),
+        ("findings", "Findings", findings(data)),
         ("experts", "Experts", experts(data)),
         ("stages", "Stages", stages(data)),
         ("answers", "Answers", answers(data, media)),

@@ -25,6 +25,7 @@ from unimoe_ray.data.tokenizer import load_tokenizer
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.model.connectors import build_connector
 from unimoe_ray.model.features import Tower
+from unimoe_ray.model.pretrained import uninitialised
 from unimoe_ray.model.unimoe import UniMoE
 
 WEIGHTS = "model.safetensors"
@@ -49,11 +50,16 @@ class ModelInfo:
     template: str = "compact"
     legacy: bool = True
 
-    def build(self, *, pretrained: bool = False) -> UniMoE:
-        """``pretrained``: with the weights of the language model that the configuration names, if it names one; else
-        they are random, for a checkpoint's to be loaded."""
-        llama = None if pretrained or self.llama is None else LlamaConfig.from_dict(self.llama)
-        model = UniMoE(ModelConfig.model_validate(self.model), self.vocab_size, self.feature_dims, llama)
+    def build(self, *, pretrained: str | None = None) -> UniMoE:
+        """``pretrained``: with the weights of the language model in this folder or of this hub name; else they are
+        random, for a checkpoint's to be loaded."""
+        settings = ModelConfig.model_validate(self.model)
+        if pretrained is not None:
+            language = settings.language.model_copy(update={"pretrained": pretrained})
+            settings, llama = settings.model_copy(update={"language": language}), None
+        else:
+            llama = None if self.llama is None else LlamaConfig.from_dict(self.llama)
+        model = UniMoE(settings, self.vocab_size, self.feature_dims, llama)
         if self.sparse:
             model.make_sparse()
         return model
@@ -125,7 +131,9 @@ def load_info(folder: Path) -> ModelInfo:
 def load_model(folder: Path) -> tuple[UniMoE, ModelInfo, Tokenizer]:
     """The model in eval mode on the CPU, with its tokenizer. Raises UnimoeError naming the folder."""
     info = load_info(folder)
-    model = info.build()
+    with uninitialised():
+        model = info.build()
+    model.language.tie_weights()
     load_weights(model, folder)
     return model.eval(), info, load_tokenizer(folder / "tokenizer.json")
 
@@ -138,8 +146,11 @@ def load_connectors(folder: Path, modalities: list[str]) -> tuple[nn.ModuleDict,
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             for modality in modalities:
-                prefix = f"connectors.{modality}."
-                state = {k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118
+                state = {}
+                # A shared connector's layers have the image connector's name only.
+                shared = modality == "video" and config.video_shares_image
+                for prefix in [f"connectors.{m}." for m in (["image"] if shared else []) + [modality]]:
+                    state |= {k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118
                 hidden = file.get_slice("language.model.embed_tokens.weight").get_shape()[1]
                 connector = build_connector(
                     modality, info.feature_dims[modality], hidden, config.connector_of(modality), config.video

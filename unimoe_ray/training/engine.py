@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ import torch.distributed as dist
 from unimoe_ray.config.training import OptimizerConfig, TrainingConfig
 from unimoe_ray.model.routing import RoutingSums
 from unimoe_ray.model.unimoe import Batch, UniMoE
+from unimoe_ray.parallel.groups import split_groups
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,21 +36,31 @@ def pick_precision(config: TrainingConfig, device: torch.device) -> torch.dtype:
     """bf16 on GPUs that have it; fp32 on CPUs, where bf16 products are many times slower without AVX-512 or AMX."""
     if config.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if config.precision == "bf16" and device.type == "cpu" and not fast:
+        log.warning("training.precision is bf16, which this CPU computes many times slower than fp32 (auto)")
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
-def initialize(model: UniMoE, groups: list[Group], config: TrainingConfig, weight_decay: float, device: torch.device):
-    """A DeepSpeed ZeRO engine with torch's AdamW on the given parameter groups. Needs an initialised process group."""
+def choose_accelerator(device: torch.device) -> None:
+    """For DeepSpeed, which looks for one when it is imported; on CPUs it is told, or it warns."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def initialize(model: UniMoE, groups: list[Group], config: TrainingConfig, weight_decay: float, device: torch.device):
+    """A DeepSpeed ZeRO engine with torch's AdamW on the given parameter groups, without those of experts that this rank
+    does not hold. Needs an initialised process group."""
+    choose_accelerator(device)
     import deepspeed
     import deepspeed.ops
 
     # Its C++ shared-memory op is used by inference only, and would be compiled at every first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    given = [{"params": g.parameters, "lr": g.lr, "peak_lr": g.lr, "name": g.name} for g in groups]
     optimizer = torch.optim.AdamW(
-        [{"params": g.parameters, "lr": g.lr, "name": g.name} for g in groups],
+        split_groups(given, model),
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
         weight_decay=weight_decay,
@@ -64,6 +78,12 @@ def initialize(model: UniMoE, groups: list[Group], config: TrainingConfig, weigh
     if dist.get_world_size() > 1:
         model.recorder.group_sum = GroupSum.apply
     return engine
+
+
+def set_learning_rates(engine, factor: float) -> None:
+    """``factor`` times the peak rate of each group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
 
 
 def learning_rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:

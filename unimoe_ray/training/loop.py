@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,29 @@ import torch.distributed as dist
 from unimoe_ray.config import Config, parse
 from unimoe_ray.config.model import PLACEHOLDER_IDS, TOKEN_KINDS
 from unimoe_ray.config.training import TrainRun
+from unimoe_ray.data import prepare
 from unimoe_ray.data.batch import Arrays
 from unimoe_ray.data.loader import Step, iterate_steps, planned_micro_batches, rank_dataset
 from unimoe_ray.data.plan import Mixture
 from unimoe_ray.data.samples import SampleTable
 from unimoe_ray.model.language import mixtures
+from unimoe_ray.model.routing import RoutingSums
 from unimoe_ray.model.unimoe import to_batch
+from unimoe_ray.training.allocator import keep_freed_memory
 from unimoe_ray.training.checkpoint import ModelInfo, save_model
-from unimoe_ray.training.engine import backward_step, initialize, learning_rate_factor, pick_device
+from unimoe_ray.training.engine import (
+    backward_step,
+    initialize,
+    learning_rate_factor,
+    pick_device,
+    set_learning_rates,
+)
+from unimoe_ray.training.expert_placement import ExpertMover, collect_experts, spread_experts
 from unimoe_ray.training.job import Job
+from unimoe_ray.training.record import RunRecord
 from unimoe_ray.training.routing import over_ranks, routing_metrics
 from unimoe_ray.training.stages import make_trainable, merge_lora, start_model
+from unimoe_ray.training.validation import ValidationPlan, plan_validation, validate
 
 
 def train(job: Job) -> None:
@@ -37,13 +49,16 @@ def train(job: Job) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     torch.set_num_threads(config.training.threads_per_worker)
+    keep_freed_memory()
     torch.manual_seed(_seed(config, job))
     device = pick_device(config.training)
 
     model = start_model(config, info, job.stage).to(device)
     model.train()
     groups = make_trainable(model, run)
-    engine = initialize(model, groups, config.training, run.weight_decay, device)
+    ranks = spread_experts(model, config, device)
+    make_engine = partial(initialize, model, groups, config.training, run.weight_decay, device)
+    mover = ExpertMover(ranks, config, make_engine)
 
     mixture = Mixture.build(job.tasks, SampleTable(Path(job.source.samples)).by_task(), job.source.spans)
     plan = planned_micro_batches(
@@ -58,19 +73,24 @@ def train(job: Job) -> None:
     )
     dataset = rank_dataset(job.source, plan, config.data.steps_per_block)
     steps = iterate_steps(dataset, config.data.prefetch)
-    metrics_path = config.run_dir / "metrics.jsonl"
+    validation = _plan_validation(config, job, rank, world)
+    record = RunRecord(config, job.label) if rank == 0 else None
     for number in range(run.steps):
         started = time.perf_counter()
         step = next(steps)
         waited = time.perf_counter() - started
-        metrics = train_step(engine, step, run, config, device)
+        metrics, routing = train_step(mover.engine, step, run, config, device)
         metrics |= {"data_wait_s": round(waited, 4), "seconds": round(time.perf_counter() - started, 4)}
         metrics["tokens_per_s"] = round(metrics["tokens"] / max(metrics["seconds"], 1e-9), 1)
-        if rank == 0:
+        if validation is not None and _is_due(number + 1, run.steps, config):
+            metrics["validation"] = validate(mover.engine, validation, device)
+        if routing is not None and number + 1 < run.steps and (moved := mover.after_step(number + 1, routing)):
+            metrics["moved_experts"] = moved
+        if record is not None:
             line = {"step": number + 1, "steps": run.steps, "stage": job.stage, "run": job.label} | metrics
-            with open(metrics_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line | {"world": world, "time": round(time.time(), 3)}) + "\n")
+            record.write(line | {"world": world})
 
+    collect_experts(model)
     if rank == 0:
         stats = config.run_dir / "data_stats" / f"{job.label.replace('/', '-')}.txt"
         stats.parent.mkdir(exist_ok=True)
@@ -83,8 +103,10 @@ def train(job: Job) -> None:
     ray.train.report(metrics)
 
 
-def train_step(engine, step: Step, run: TrainRun, config: Config, device: torch.device) -> dict[str, Any]:
-    """One optimizer step; metrics over all ranks."""
+def train_step(
+    engine, step: Step, run: TrainRun, config: Config, device: torch.device
+) -> tuple[dict[str, Any], RoutingSums | None]:
+    """One optimizer step: metrics over all ranks, and this rank's routing (None of a dense model)."""
     counts = _token_counts(step.micro_batches)
     local = torch.tensor(
         [counts["answer"], counts["all"], step.samples, *(counts[m] for m in TOKEN_KINDS)], device=device
@@ -93,14 +115,13 @@ def train_step(engine, step: Step, run: TrainRun, config: Config, device: torch.
     answer_tokens, tokens, samples, *by_modality = local.tolist()
 
     factor = learning_rate_factor(step.number, run.steps, config.training.optimizer)
-    for group, lr in zip(engine.optimizer.param_groups, run.train.values(), strict=True):
-        group["lr"] = lr * factor
+    set_learning_rates(engine, factor)
     batches = [to_batch(arrays).to(device) for arrays in step.micro_batches]
     total, routing = backward_step(engine, batches, answer_tokens)
     engine.step()
 
     dist.all_reduce(total)
-    return {
+    metrics = {
         "loss": round(float(total) / max(answer_tokens, 1), 6),
         "lr": round(max(run.train.values()) * factor, 8),
         "tokens": tokens,
@@ -109,6 +130,26 @@ def train_step(engine, step: Step, run: TrainRun, config: Config, device: torch.
         "micro_batches": len(batches),
         **(routing_metrics(over_ranks(routing)) if routing is not None else {"expert_load": None}),
     }
+    return metrics, routing
+
+
+def _plan_validation(config: Config, job: Job, rank: int, world: int) -> ValidationPlan | None:
+    settings = config.training.validation
+    if not settings.every:
+        return None
+    return plan_validation(
+        prepare.source(config, prepare.VALIDATION),
+        list(job.tasks),
+        samples=settings.samples,
+        seed=config.seed,
+        rank=rank,
+        world=world,
+        max_tokens=config.training.max_tokens_per_micro_batch,
+    )
+
+
+def _is_due(step: int, steps: int, config: Config) -> bool:
+    return step % config.training.validation.every == 0 or step == steps
 
 
 def _token_counts(micro_batches: list[Arrays]) -> Counter:

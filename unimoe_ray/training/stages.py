@@ -20,6 +20,8 @@ from peft import get_peft_model
 from unimoe_ray.config import Config
 from unimoe_ray.config.training import STAGES, LoraConfig, TrainRun
 from unimoe_ray.errors import UsageError
+from unimoe_ray.llama import checkpoint_of
+from unimoe_ray.model.connectors import read_connectors
 from unimoe_ray.model.language import mixtures, place_expert
 from unimoe_ray.model.unimoe import UniMoE
 from unimoe_ray.training.checkpoint import ModelInfo, checkpoint_dir, load_weights, read_weights
@@ -44,7 +46,10 @@ def parents(config: Config, stage: str) -> list[tuple[str, str]]:
 def start_model(config: Config, info: ModelInfo, stage: str) -> UniMoE:
     """The model at the start of a stage, from the checkpoints of those before. ``info`` describes a dense model."""
     before = [(s, run) for s, run in parents(config, stage) if s != "experts"]
-    model = info.build(pretrained=not before)
+    pretrained = None if before else config.model.language.pretrained
+    model = info.build(pretrained=pretrained and checkpoint_of(pretrained))
+    if not before:
+        read_connectors(model.connectors, model.config)
     for number, (s, run) in enumerate(before):
         folder = checkpoint_dir(config.run_dir, s, run)
         if number == 0:

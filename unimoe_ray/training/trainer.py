@@ -20,6 +20,8 @@ from unimoe_ray.config import Config
 from unimoe_ray.config.training import STAGES
 from unimoe_ray.data.samples import SampleTable, Source
 from unimoe_ray.errors import UnimoeError, UsageError, root_cause
+from unimoe_ray.parallel.cluster_topology import label_selectors
+from unimoe_ray.parallel.groups import expert_parallel_size
 from unimoe_ray.training.checkpoint import ModelInfo, checkpoint_dir, is_complete
 from unimoe_ray.training.job import Job, train_worker
 from unimoe_ray.training.stages import parents
@@ -42,8 +44,8 @@ def run_stage(
     """Train what a stage still lacks and return the labels of the runs trained (none: all were finished).
 
     ``follow(metrics path, labels)`` is called about twice a second while the runs go on.
-    Raises UsageError for a stage or task that does not exist, UnimoeError when an earlier stage is missing or a run
-    fails.
+    Raises UsageError for a stage or task that does not exist and for an ``ep_size`` that does not fit the workers,
+    UnimoeError when an earlier stage is missing or a run fails.
     """
     if stage not in STAGES:
         raise UsageError(f"stage '{stage}' does not exist; allowed: {', '.join(STAGES)}, all")
@@ -68,8 +70,11 @@ def run_stage(
     if not jobs:
         return []
     metrics = config.run_dir / "metrics.jsonl"
-    _forget(metrics, {job.label for job in jobs})
+    for path in (metrics, config.run_dir / "findings.jsonl"):
+        _forget(path, {job.label for job in jobs})
     each = max(1, workers // len(jobs))
+    if stage == "tune":
+        expert_parallel_size(config.training.expert_parallel.ep_size, each, config.model.moe.num_experts)
     # Cores are shared by the operating system; a GPU belongs to one run at a time.
     turns = threading.Semaphore(max(1, workers // each) if use_gpu else len(jobs))
     errors: dict[str, BaseException] = {}
@@ -100,7 +105,12 @@ def _fit(
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=job,
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+            label_selector=label_selectors(workers, resources),
+        ),
         run_config=RunConfig(
             name=f"{job.label.replace('/', '-')}-{time.time_ns()}",
             storage_path=str((config.run_dir / "ray_train").resolve()),
@@ -141,13 +151,11 @@ def _file_hash(path: str, changed_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _forget(metrics: Path, labels: set[str]) -> None:
+def _forget(path: Path, labels: set[str]) -> None:
     """Drop the lines of runs that start again."""
-    if metrics.is_file():
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-        metrics.write_text(
-            "".join(f"{line}\n" for line in lines if _label(line) not in labels | {None}), encoding="utf-8"
-        )
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        path.write_text("".join(f"{line}\n" for line in lines if _label(line) not in labels | {None}), encoding="utf-8")
 
 
 def _label(line: str) -> Any:

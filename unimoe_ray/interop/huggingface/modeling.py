@@ -39,7 +39,7 @@ class UniMoEForConditionalGeneration(PreTrainedModel):
         if config.sparse:
             self.unimoe.make_sparse()
         self.towers = nn.ModuleDict({m: build_tower(description) for m, description in config.towers.items()})
-        self._tied_weights_keys = self._shared_in_towers()
+        self._tied_weights_keys = self._shared_weights()
         self.post_init()
 
     @classmethod
@@ -72,8 +72,9 @@ class UniMoEForConditionalGeneration(PreTrainedModel):
     def embed(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **files: Windows | None
     ) -> torch.Tensor:
-        """[B, S, H] with soft tokens in their places. Raises ValueError where placeholders and files do not match."""
-        features = self.encode(**files)
+        """[B, S, H] with soft tokens in their places. ``files``: ``<modality>_values``, as ``forward`` has them. Raises
+        ValueError where placeholders and files do not match."""
+        features = self.encode(**{name.removesuffix("_values"): windows for name, windows in files.items()})
         for modality in PLACEHOLDER_IDS.keys() - features.keys():
             if (input_ids == PLACEHOLDER_IDS[modality]).any():
                 raise ValueError(f"{modality}: placeholders without files")
@@ -95,10 +96,10 @@ class UniMoEForConditionalGeneration(PreTrainedModel):
         embeddings = self.embed(
             input_ids,
             attention_mask,
-            image=image_values,
-            video=video_values,
-            audio=audio_values,
-            speech=speech_values,
+            image_values=image_values,
+            video_values=video_values,
+            audio_values=audio_values,
+            speech_values=speech_values,
         )
         if labels is not None:
             labels = labels.masked_fill(input_ids < 0, IGNORE_INDEX)
@@ -106,27 +107,12 @@ class UniMoEForConditionalGeneration(PreTrainedModel):
         return self.unimoe.language(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, **kwargs)
 
     @torch.no_grad()
-    def generate(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        image_values: Windows | None = None,
-        video_values: Windows | None = None,
-        audio_values: Windows | None = None,
-        speech_values: Windows | None = None,
-        **kwargs,
-    ):
+    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
         """What the language model's ``generate`` gives, with its arguments, from embeddings: new tokens only. (A prompt
-        holds placeholder ids, which no tokenizer can decode.) Towers and connectors run before the first token and
-        never again."""
-        embeddings = self.embed(
-            input_ids,
-            attention_mask,
-            image=image_values,
-            video=video_values,
-            audio=audio_values,
-            speech=speech_values,
-        )
+        holds placeholder ids, which no tokenizer can decode.) Files as ``forward`` takes them; towers and connectors
+        run before the first token and never again."""
+        names = [f"{modality}_values" for modality in PLACEHOLDER_IDS]
+        embeddings = self.embed(input_ids, attention_mask, **{name: kwargs.pop(name, None) for name in names})
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         self.unimoe.recorder.start(None)
@@ -150,11 +136,12 @@ class UniMoEForConditionalGeneration(PreTrainedModel):
                 tied |= {f"{prefix}.{second}": f"{prefix}.{first}" for second, first in inside.items()}
         return tied
 
-    def _shared_in_towers(self) -> dict[str, str]:
-        """BEATs has one table of relative positions under every layer."""
+    def _shared_weights(self) -> dict[str, str]:
+        """BEATs has one table of relative positions under every layer; videos may have the image connector's layers."""
         first_names: dict[int, str] = {}
         shared = {}
-        for name, parameter in self.towers.named_parameters("towers", remove_duplicate=False):
-            if first_names.setdefault(id(parameter), name) != name:
-                shared[name] = first_names[id(parameter)]
+        for prefix, part in (("towers", self.towers), ("unimoe.connectors", self.unimoe.connectors)):
+            for name, parameter in part.named_parameters(prefix, remove_duplicate=False):
+                if first_names.setdefault(id(parameter), name) != name:
+                    shared[name] = first_names[id(parameter)]
         return shared

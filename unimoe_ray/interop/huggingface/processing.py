@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +14,9 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from unimoe_ray.config.model import PLACEHOLDER_IDS, ModelConfig
 from unimoe_ray.data.batch import expand
-from unimoe_ray.data.prompt import encode_prompt
 from unimoe_ray.data.schema import PLACEHOLDER, Media, Sample
-from unimoe_ray.data.tokenizer import ASSISTANT
-from unimoe_ray.data.vicuna import VicunaTemplate
+from unimoe_ray.data.template import make_template
+from unimoe_ray.data.tokenizer import ASSISTANT, CHATML_START
 from unimoe_ray.interop.huggingface.configuration import UniMoEConfig
 from unimoe_ray.interop.huggingface.towers import towers_without_weights
 from unimoe_ray.model.connectors import Connector, build_connector
@@ -32,14 +31,14 @@ class UniMoEProcessor(ProcessorMixin):
     """Its towers and connectors have no weights: they preprocess media and count soft tokens.
 
     spec: of the model, ``UniMoEConfig``'s model, feature_dims and towers
-    template: ``compact``, of models that start from nothing, or ``vicuna``
+    template: by the names of ``data.template``
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         spec: dict[str, Any],
-        template: Literal["compact", "vicuna"] = "compact",
+        template: str = "compact",
         chat_template: str | None = None,
     ):
         super().__init__(tokenizer, chat_template=chat_template)
@@ -50,7 +49,9 @@ class UniMoEProcessor(ProcessorMixin):
     def of(cls, config: UniMoEConfig, tokenizer: PreTrainedTokenizerBase) -> UniMoEProcessor:
         """With the template that the tokenizer has the tokens for."""
         spec = {name: getattr(config, name) for name in ("model", "feature_dims", "towers")}
-        return cls(tokenizer, spec, "compact" if ASSISTANT in tokenizer.get_vocab() else "vicuna")
+        vocab = tokenizer.get_vocab()
+        names = [name for token, name in ((ASSISTANT, "compact"), (CHATML_START, "smollm2")) if token in vocab]
+        return cls(tokenizer, spec, *names or ["vicuna_v1"])
 
     def __call__(
         self,
@@ -107,10 +108,7 @@ class UniMoEProcessor(ProcessorMixin):
         if None in soft_tokens:
             raise ValueError(f"more <{kinds[soft_tokens.index(None)]}> placeholders than files")
         sample = Sample("prompt", "prompt", turns, tuple(Media(kind, ()) for kind in kinds), {})
-        if self.template == "vicuna":
-            ids = VicunaTemplate(self._tokenizer).encode_prompt(sample)
-        else:
-            ids = encode_prompt(sample, self._tokenizer)
+        ids = make_template(self.template, self._tokenizer).encode_prompt(sample)
         spliced, _ = expand(ids, None, soft_tokens)
         limit = self._settings.language.max_positions
         if len(spliced) >= limit:

@@ -13,6 +13,7 @@ ALIGNER = "model.mm_audio_aligner."
 QUERIES = "model.query_tokens"  # of speech; a Q-Former's are inside the aligner
 VISION_TOWER = "model.vision_tower.vision_tower.vision_model."
 AUDIO_TOWER = "model.audio_tower.audio_tower."
+IMAGE, VIDEO = "connectors.image.projection.", "connectors.video.projection."
 UNUSED_TABLE = f"{ALIGNER}decoder.audio_decoder.embed_tokens.weight"
 LANGUAGE = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
 # How the official code tells its two kinds of aligner apart, and what they listen to.
@@ -43,7 +44,7 @@ def ours(name: str, modality: str | None) -> list[str]:
     the aligner is. Empty for a name that is not known."""
     if name.startswith(PROJECTOR):
         part = name.removeprefix(PROJECTOR)
-        return [f"connectors.image.projection.{part}", f"connectors.video.projection.{part}"]
+        return [IMAGE + part, VIDEO + part]
     if name == QUERIES:
         return ["connectors.speech.query_tokens"]
     if name.startswith(ALIGNER) and modality is not None:

@@ -75,6 +75,12 @@ class Plan:
     def _replace(self, old: Source, reason: str) -> None:
         self.ignored += [(origin, reason) for origin in [old.origin, *(old.lora.parts.values() if old.lora else ())]]
 
+    def share_projector(self) -> None:
+        """Videos have the image connector's projector: its second names go."""
+        for target in [name for name in self.sources if name.startswith(names.VIDEO)]:
+            if self.sources[target] == self.sources.get(target.replace(names.VIDEO, names.IMAGE)):
+                del self.sources[target]
+
     @property
     def shapes(self) -> Shapes:
         return {target: source.origin.shape for target, source in self.sources.items()}

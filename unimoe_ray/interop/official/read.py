@@ -15,6 +15,7 @@ from torch import nn
 from unimoe_ray.config.model import ModelConfig
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.interop.official.files import find_groups, open_tensors, read_json, shapes_of
+from unimoe_ray.interop.official.names import VIDEO
 from unimoe_ray.interop.official.plan import Origin, Plan, check, make_plan
 from unimoe_ray.interop.official.sizes import feature_dims, is_8e, model_config
 from unimoe_ray.interop.stream import TensorWriter
@@ -56,12 +57,16 @@ def open_checkpoint(folders: list[Path]) -> Checkpoint:
     found = [(group, {path: shapes_of(path) for path in group.paths}) for group in groups]
     plan = make_plan(found, config, adapter)
     settings = model_config(config, plan.shapes)
+    if settings.video_shares_image:
+        plan.share_projector()
     dims = feature_dims(config, plan.shapes)
     vocab = plan.shapes.get("language.model.embed_tokens.weight", (config["vocab_size"],))[0]
     with torch.device("meta"):
         model = UniMoE(settings, vocab, dims)
         model.make_sparse()
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if settings.video_shares_image:
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(VIDEO)}
     if settings.language.tie_embeddings:
         shapes.pop("language.lm_head.weight")
     fresh = _new_connectors(settings, dims, plan)
@@ -70,13 +75,18 @@ def open_checkpoint(folders: list[Path]) -> Checkpoint:
     return Checkpoint(settings, vocab, dims, shapes, plan, fresh, plan.report(unread, sorted(fresh)))
 
 
-def write_weights(checkpoint: Checkpoint, path: Path, on_progress: Progress = lambda done, total: None) -> None:
-    """All weights into one safetensors file, fp32. Adapters are merged in fp32: published numbers were made in fp16 and
-    then bf16, and carry that rounding."""
+def write_weights(
+    checkpoint: Checkpoint,
+    path: Path,
+    on_progress: Progress = lambda done, total: None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """All weights into one safetensors file. Adapters are merged in fp32 and the result is rounded once: published
+    numbers were made in fp16 and then bf16, and carry that rounding."""
     by_file: dict[Path, list[str]] = {}
     for target, source in checkpoint.plan.sources.items():
         by_file.setdefault(source.origin.path, []).append(target)
-    with TensorWriter(path, checkpoint.shapes) as writer:
+    with TensorWriter(path, checkpoint.shapes, dtype) as writer:
         for kind, module in checkpoint.fresh.items():
             for name, tensor in module.state_dict().items():
                 writer.write(f"connectors.{kind}.{name}", tensor)

@@ -58,6 +58,7 @@ def model_config(config: Mapping[str, Any], shapes: Shapes) -> ModelConfig:
         for kind, other in (("audio", "speech"), ("speech", "audio")):
             if kind not in connectors and other in connectors:
                 connectors[kind] = connectors[other].model_copy(update={"type": _TYPES[kind]})
+        connectors["video"] = "image"
         return ModelConfig(
             language=_language(config),
             moe=_mixture(config, shapes),

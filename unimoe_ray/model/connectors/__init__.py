@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from transformers import Blip2QFormerConfig, WhisperConfig
+from torch import nn
+from transformers import Blip2QFormerConfig, WhisperConfig, WhisperModel
 
-from unimoe_ray.config.model import ConnectorConfig, VideoConfig
+from unimoe_ray.config.model import MODALITIES, ConnectorConfig, ModelConfig, VideoConfig
 from unimoe_ray.model.connectors.base import Connector
 from unimoe_ray.model.connectors.mlp import GeluProjector, MLPConnector
 from unimoe_ray.model.connectors.queries import QFormerConnector, QueryConnector, WhisperDecoderConnector
 from unimoe_ray.model.connectors.video import VideoConnector, VideoProjector, merge_patches
+from unimoe_ray.model.pretrained import naming, read_pretrained
 
 __all__ = [
     "Connector",
@@ -20,8 +22,32 @@ __all__ = [
     "VideoProjector",
     "WhisperDecoderConnector",
     "build_connector",
+    "build_connectors",
     "merge_patches",
+    "read_connectors",
 ]
+
+
+def build_connectors(feature_dims: dict[str, int], hidden_size: int, config: ModelConfig) -> nn.ModuleDict:
+    """Those of all modalities. With ``connectors.video: image``, the layers of the image connector are also the video
+    connector's: they have two names in a state dict, and are one parameter to everything else."""
+    connectors = nn.ModuleDict(
+        {m: build_connector(m, feature_dims[m], hidden_size, config.connector_of(m), config.video) for m in MODALITIES}
+    )
+    if config.video_shares_image:
+        for name, layer in connectors["image"].named_children():
+            setattr(connectors["video"], name, layer)
+    return connectors
+
+
+def read_connectors(connectors: nn.ModuleDict, config: ModelConfig) -> None:
+    """Whisper's decoder into the connectors that are to start as one. Raises UnimoeError naming the key when there is
+    none that fits."""
+    for modality, connector in connectors.items():
+        path = config.connector_of(modality).pretrained
+        if path is not None:
+            with naming(f"model.connectors.{modality}.pretrained", path, "Whisper decoder of this connector's size"):
+                connector.start_as(read_pretrained(WhisperModel, WhisperConfig, path).decoder)
 
 
 def build_connector(

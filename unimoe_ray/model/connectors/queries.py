@@ -72,6 +72,12 @@ class WhisperDecoderConnector(QueryConnector):
         del decoder.embed_tokens
         self.decoder = nn.ModuleDict({"audio_decoder": decoder})
 
+    def start_as(self, decoder: WhisperDecoder) -> None:
+        """With the weights of a Whisper's decoder, all but its table of tokens. Raises RuntimeError when the sizes
+        differ."""
+        state = {name: tensor for name, tensor in decoder.state_dict().items() if not name.startswith("embed_tokens.")}
+        self.decoder["audio_decoder"].load_state_dict(state)
+
     def attend(self, values: torch.Tensor) -> torch.Tensor:
         queries = self.query_tokens.expand(len(values), -1, -1)
         decoder = self.decoder["audio_decoder"]

@@ -1,10 +1,13 @@
-"""From our configuration to the options of a Serve deployment."""
+"""From our configuration to Ray Serve's terms: the options of a deployment, and Serve's config file."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from unimoe_ray.config.root import Config
 from unimoe_ray.config.serving import DeploymentConfig
+
+DEPLOYMENTS = ("image", "speech", "audio", "language", "ingress")
 
 
 def deployment_options(name: str, config: DeploymentConfig) -> dict[str, Any]:
@@ -27,4 +30,25 @@ def deployment_options(name: str, config: DeploymentConfig) -> dict[str, Any]:
             "downscale_delay_s": config.downscale_delay_s,
             "look_back_period_s": config.look_back_period_s,
         },
+    }
+
+
+def serve_config(settings: Config) -> dict[str, Any]:
+    """The same as a Serve config file, for ``serve deploy`` and for KubeRay's ``serveConfigV2``."""
+    serving = settings.serving
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": serving.host, "port": serving.port},
+        "applications": [
+            {
+                "name": settings.name,
+                "route_prefix": "/",
+                "import_path": "serve.app:build",
+                "args": {
+                    "run": str(settings.run_dir.resolve()),
+                    "serving": serving.model_dump(mode="json", exclude_defaults=True),
+                },
+                "deployments": [deployment_options(name, getattr(serving, name)) for name in DEPLOYMENTS],
+            }
+        ],
     }

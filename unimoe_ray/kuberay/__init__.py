@@ -1,0 +1,1 @@
+"""Kubernetes: typed KubeRay resources, manifests from the configuration, a client for them."""

@@ -1,0 +1,106 @@
+"""What rank 0 writes down of a run: a line per step, findings, and metrics that Ray exports for Prometheus."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from ray.util.metrics import Counter, Gauge
+
+from unimoe_ray.config import Config
+from unimoe_ray.training.routing import idle_experts
+from unimoe_ray.training.watch import Watch
+
+# Series of Prometheus that one run may have for its experts; a larger model has those of its layers only.
+MAX_SERIES = 4096
+
+
+class RunRecord:
+    """One run's part of ``metrics.jsonl`` and ``findings.jsonl``."""
+
+    def __init__(self, config: Config, run: str):
+        self._folder = config.run_dir
+        self._watch = Watch(config.training.watch, config.model.moe.slots, config.model.moe.top_k)
+        self._exported = TrainingMetrics(run, config.model.moe.slots)
+        self._idle: list[list[int]] = []
+
+    def write(self, line: dict[str, Any]) -> None:
+        """A finished step."""
+        if line["expert_load"] is not None:
+            self._idle = idle_experts(line, self._idle)
+            line = line | {"dead_experts": self._idle}
+        line = line | {"time": round(time.time(), 3)}
+        _append(self._folder / "metrics.jsonl", line)
+        self._exported.step(line)
+        for finding in self._watch.step(line):
+            _append(self._folder / "findings.jsonl", finding.line() | {"stage": line["stage"], "time": line["time"]})
+            if not finding.over:
+                self._exported.finding(finding.signature)
+
+
+class TrainingMetrics:
+    """Of one run, labelled with it; layers count from 0 and experts have their slots' names, as in serving."""
+
+    def __init__(self, run: str, experts: list[str]):
+        self._run, self._experts = run, [f"{number}-{name}" for number, name in enumerate(experts)]
+        gauges = {
+            "loss": "Mean over answer tokens of the last step.",
+            "lr": "Highest learning rate of the last step.",
+            "tokens_per_s": "Tokens of the last step by its time.",
+            "step": "Steps done.",
+        }
+        self._gauges = {name: _gauge(name, text) for name, text in gauges.items()}
+        layers = {
+            "router_entropy": "Mean entropy of the router, in nats.",
+            "busiest_share": "Share of tokens whose first choice is the busiest expert.",
+            "load_cv": "Coefficient of variation of the expert loads.",
+        }
+        self._layers = {name: _gauge(name, text, "layer") for name, text in layers.items()}
+        self._load = _gauge("expert_load", "Share of a layer's routed slots in the last step.", "layer", "expert")
+        self._validation = _gauge("validation_loss", "Mean over answer tokens of the last validation.", "group")
+        self._tokens = _counter("expert_tokens", "Routed slots by modality.", "kind", "layer", "expert")
+        self._findings = _counter("findings", "What the watch remarked on.", "signature")
+
+    def step(self, line: dict[str, Any]) -> None:
+        """A line of ``metrics.jsonl``."""
+        for name, gauge in self._gauges.items():
+            gauge.set(line[name], self._tags())
+        for group, loss in line.get("validation", {}).items():
+            self._validation.set(loss, self._tags(group=group))
+        if line["expert_load"] is None:
+            return
+        for name, gauge in self._layers.items():
+            for layer, value in enumerate(line[name]):
+                gauge.set(value, self._tags(layer=str(layer)))
+        layers, experts, kinds = len(line["expert_load"]), len(self._experts), len(line["expert_tokens"])
+        if layers * experts * (kinds + 1) > MAX_SERIES:
+            return
+        for layer, shares in enumerate(line["expert_load"]):
+            for expert, share in zip(self._experts, shares, strict=True):
+                self._load.set(share, self._tags(layer=str(layer), expert=expert))
+        for kind, counts in line["expert_tokens"].items():
+            for layer, row in enumerate(counts):
+                for expert, tokens in zip(self._experts, row, strict=True):
+                    if tokens:
+                        self._tokens.inc(tokens, self._tags(kind=kind, layer=str(layer), expert=expert))
+
+    def finding(self, signature: str) -> None:
+        self._findings.inc(tags=self._tags(signature=signature))
+
+    def _tags(self, **more: str) -> dict[str, str]:
+        return {"run": self._run} | more
+
+
+def _gauge(name: str, text: str, *labels: str) -> Gauge:
+    return Gauge(f"unimoe_train_{name}", f"Training: {text}", ("run", *labels))
+
+
+def _counter(name: str, text: str, *labels: str) -> Counter:
+    return Counter(f"unimoe_train_{name}_total", f"Training: {text}", ("run", *labels))
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
