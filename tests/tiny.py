@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from unimoe_ray.config import Config, parse
+from unimoe_ray.config.data import SPLITS
 from unimoe_ray.config.model import MODALITIES, PLACEHOLDER_IDS
 from unimoe_ray.data import prepare
 from unimoe_ray.data.features import TOWER_OF
@@ -98,7 +99,7 @@ def make_tiny_run(root: Path, **changes) -> TinyRun:
     tokenizer.save(str(prepare.tokenizer_path(config)))
     video = 4 if config.model.video.pooling == "mean" else 1
     samples = [_sample(task, kinds, i, rng, partitions, video) for task, kinds in TASKS.items() for i in range(15)]
-    for split in (*prepare.SPLITS, prepare.VALIDATION):
+    for split in (*SPLITS, prepare.VALIDATION):
         write_samples(prepare.data_dir(config) / f"{split}.arrow", samples)
     (prepare.data_dir(config) / "prepared.json").write_text(json.dumps({"stamp": "", "partitions": partitions}))
     vocab = tokenizer.get_vocab_size()

@@ -56,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     prepare = _with_config(commands.add_parser("prepare", help="encode media, tokenise conversations"))
+    prepare.add_argument(
+        "--check", action="store_true", help="only look the data over: counts, lengths, repeats, broken files"
+    )
     prepare.set_defaults(run=_prepare)
 
     train = commands.add_parser("train", help="train a stage, or all of them")
@@ -164,12 +167,27 @@ def _job(arguments: argparse.Namespace, work: Callable, comments: Callable[[Conf
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
+    if arguments.check and not arguments.dry_run:
+        return _check(arguments)
+
     def work(settings: Config, progress) -> None:
         from unimoe_ray import pipeline
 
         pipeline.prepare(settings, progress)
 
     return _job(arguments, work)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    """Exit code 1 if the data can't be prepared as they are. Needs no cluster."""
+    settings = config.load(arguments.config, arguments.overrides)
+    from rich.console import Console
+
+    from unimoe_ray import pipeline
+    from unimoe_ray.progress import TrainProgress
+
+    with pipeline.open_run(settings), TrainProgress(Console()) as progress:
+        return 0 if pipeline.check(settings, progress) else 1
 
 
 def _train(arguments: argparse.Namespace) -> int:

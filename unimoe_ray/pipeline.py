@@ -6,6 +6,7 @@ import fcntl
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from unimoe_ray import cluster
 from unimoe_ray.config import Config, dump
 from unimoe_ray.config.model import MODALITIES
 from unimoe_ray.config.training import STAGES
+from unimoe_ray.data import check as checking
 from unimoe_ray.data import prepare as preparing
 from unimoe_ray.data.encode import EncodeSettings
 from unimoe_ray.data.features import TOWER_OF
 from unimoe_ray.data.pretrained import load_pretrained_tokenizer
+from unimoe_ray.data.sources import absolute, sources_of
 from unimoe_ray.data.tokenizer import load_tokenizer
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.evaluation import evaluate as evaluating
@@ -29,7 +32,9 @@ from unimoe_ray.mini import source as mini
 from unimoe_ray.model.connectors import build_connector
 from unimoe_ray.model.language import pretrained_config
 from unimoe_ray.progress import TrainProgress, follow_metrics
-from unimoe_ray.towers import load_tower, load_towers
+from unimoe_ray.report.check import write_check_page
+from unimoe_ray.tables import check_summary
+from unimoe_ray.towers import TOWERS, load_tower, load_towers, sketch_tower
 from unimoe_ray.training import checkpoint
 from unimoe_ray.training.checkpoint import ModelInfo
 
@@ -45,9 +50,9 @@ def open_run(config: Config) -> Iterator[Path]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UnimoeError(f"{folder}: another command is using this run folder") from None
-            # The data folder is found again from wherever the run is used.
-            data = config.data.model_copy(update={"dir": str(Path(config.data.dir).resolve())})
-            (folder / "config.yaml").write_text(dump(config.model_copy(update={"data": data})), encoding="utf-8")
+            # The data are found again from wherever the run is used.
+            found = config.model_copy(update={"data": absolute(config.data)})
+            (folder / "config.yaml").write_text(dump(found), encoding="utf-8")
             yield folder
     except OSError as error:
         raise UnimoeError(f"{error.filename or folder}: {error.strerror or error}") from error
@@ -62,7 +67,7 @@ def session(config: Config) -> Iterator[TrainProgress]:
 
 def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
     """The suite (for the embedded default), the feature store and the tokenised samples."""
-    root = mini.suite(config, progress.message) if config.data.source == "mini" else Path(config.data.source)
+    suite = mini.suite(config, progress.message) if config.data.is_mini else None
     towers = load_towers(config)
     dims = {modality: towers[TOWER_OF[modality]].feature_dim for modality in MODALITIES}
     settings = EncodeSettings(
@@ -78,7 +83,7 @@ def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
     del towers
     result = preparing.prepare(
         with_checkpoint(config, progress.message),
-        root.resolve(),
+        sources_of(absolute(config.data), suite and suite.resolve()),
         settings,
         lambda kind, lengths: connectors[kind].soft_tokens(lengths),
         cluster.workers(config),
@@ -97,6 +102,35 @@ def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
             f"{first['split']} {first['id']}: {first['what']}); all in {path}"
         )
     return result
+
+
+def check(config: Config, progress: TrainProgress) -> bool:
+    """Look over the data without encoding them: ``check/`` of the run folder gets index.html, check.json and
+    quarantine.jsonl. Returns whether the data can be prepared."""
+    suite = mini.suite(config, progress.message) if config.data.is_mini else None
+    folder = config.run_dir / "check"
+    folder.mkdir(parents=True, exist_ok=True)
+    towers = {modality: sketch_tower(config, modality) for modality in TOWERS}
+    connectors = {
+        m: build_connector(m, towers[TOWER_OF[m]].feature_dim, 1, config.model.connector_of(m), config.model.video)
+        for m in MODALITIES
+    }
+    with open(folder / "quarantine.jsonl", "w", encoding="utf-8") as quarantine:
+        found = checking.check(
+            with_checkpoint(config, progress.message),
+            sources_of(absolute(config.data), suite and suite.resolve()),
+            lambda kind, decoded: connectors[kind].soft_tokens(towers[TOWER_OF[kind]].tokens_for(decoded)),
+            folder,
+            progress.count,
+            lambda entry: quarantine.write(json.dumps(entry) + "\n"),
+        )
+    plain = vars(found) | {"repeats": [asdict(repeat) for repeat in found.repeats]}
+    (folder / "check.json").write_text(json.dumps(plain, indent=1), encoding="utf-8")
+    write_check_page(folder / "index.html", config.name, plain)
+    progress.message(check_summary(found))
+    usable = found.usable(config.data.max_bad_fraction)
+    progress.message(f"{'usable' if usable else 'NOT usable'}; see {folder / 'index.html'}")
+    return usable
 
 
 def train(config: Config, stage: str, progress: TrainProgress) -> None:
@@ -190,10 +224,8 @@ def evaluate(
 ) -> Evaluation:
     """Answers of the run's last finished model on a held-out split; the experts of its prompts' tokens into
     ``routing_file``."""
-    root = mini.suite(config, progress.message) if config.data.source == "mini" else Path(config.data.source)
     return evaluating.evaluate(
         config,
-        root.resolve(),
         model_dir=evaluating.final_model(config, stage),
         split=split,
         tasks=tasks,

@@ -55,10 +55,11 @@ class TrainProgress:
         """A finished step of ``run``: ``metrics`` as in metrics.jsonl (step, loss, tokens_per_s), ``total`` steps."""
         self._show(run, int(metrics["step"]), total, metrics.get("loss"), metrics.get("tokens_per_s"))
 
-    def count(self, what: str, done: int, total: int) -> None:
-        """Progress of anything that is counted: ``done`` of ``total``. The line ends by itself at ``total``."""
-        self._show(what, done, total, None, None)
-        if done >= total:
+    def count(self, what: str, done: int, total: int | None) -> None:
+        """Progress of anything that is counted: ``done`` of ``total``, None while that is not known. The line ends by
+        itself at ``total``."""
+        self._show(what, done, total or 0, None, None)
+        if total is not None and done >= total:
             self.done(what)
 
     def message(self, text: str) -> None:
@@ -86,11 +87,11 @@ class TrainProgress:
             if row is None:
                 row = self._rows[run] = _Row()
                 if self._live is not None:
-                    row.task = self._live.add_task(escape(run), total=max(total, 1), row=row)
+                    row.task = self._live.add_task(escape(run), total=total or None, row=row)
             row.advance(step, total, loss, tokens_per_s)
             if self._live is not None:
-                self._live.update(row.task, completed=step, total=max(total, 1))
-            elif first or step >= total or time.monotonic() - row.printed_at >= self.plain_interval_s:
+                self._live.update(row.task, completed=step, total=total or None)
+            elif first or 0 < total <= step or time.monotonic() - row.printed_at >= self.plain_interval_s:
                 self._print(run, row)
 
     def _print(self, run: str, row: _Row) -> None:
@@ -125,7 +126,7 @@ class _Row:
 
     def seconds_left(self) -> float | None:
         """From the rate of the last minute; None until it is known."""
-        if not self.marks or self.step <= self.marks[0][1]:
+        if not self.total or not self.marks or self.step <= self.marks[0][1]:
             return None
         begun, at = self.marks[0]
         return (self.total - self.step) * (self.marks[-1][0] - begun) / max(self.marks[-1][1] - at, 1) or None
@@ -133,19 +134,19 @@ class _Row:
     def facts(self) -> list[str]:
         """step, loss, tokens/s and time, each of a fixed width so that lines stay aligned."""
         width = len(str(self.total))
-        parts = [f"{self.step:>{width}}/{self.total}"]
+        parts = [f"{self.step:>{width}}/{self.total}" if self.total else str(self.step)]
         if self.loss is not None:
             parts.append(f"loss {self.loss:7.4f}")
         if self.tokens_per_s is not None:
             parts.append(f"{_thousands(self.tokens_per_s):>6} tokens/s")
-        if self.finished or self.step >= self.total:
+        if self.finished or 0 < self.total <= self.step:
             parts.append(f"in {_clock(time.monotonic() - self.started)}")
         elif (left := self.seconds_left()) is not None:
             parts.append(f"{_clock(left)} left")
         return parts
 
     def line(self, run: str) -> str:
-        percent = f"{100 * self.step // max(self.total, 1):3d} %"
+        percent = f"{100 * self.step // self.total:3d} %" if self.total else " " * 5
         return "  ".join([f"{run:<14}", percent, *self.facts()])
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from rich.table import Table
 
 from unimoe_ray.config import Config
+from unimoe_ray.data.check import Checked
+from unimoe_ray.report.check import quantile
 
 
 def accuracy_table(config: Config, tasks: dict[str, dict[str, float]]) -> Table:
@@ -19,3 +21,20 @@ def accuracy_table(config: Config, tasks: dict[str, dict[str, float]]) -> Table:
     for task, score in tasks.items():
         table.add_row(task, f"{score['accuracy']:.3f}", f"{score['majority']:.3f}", str(score["n"]))
     return table
+
+
+def check_summary(found: Checked) -> str:
+    """The counts of a data check, a line each."""
+    splits = [f"{split} {sum(tasks.values())} samples" for split, tasks in found.samples.items()]
+    groups = [f"{group} {count}" for group, count in sorted(found.groups.items())]
+    media = [f"{kind} {count}" for kind, count in sorted(found.media.items())]
+    lengths = [f"{label} {quantile(found.lengths, q)}" for label, q in (("median", 0.5), ("95 %", 0.95), ("most", 1.0))]
+    lines = [
+        f"{found.records} records: {', '.join(splits)}, {found.bad} bad",
+        f"modality groups: {', '.join(groups) or 'none'}",
+        f"media files: {', '.join(media) or 'none'}; {found.copies} with the content of another one",
+        f"tokens of a sample: {', '.join(lengths)}; {found.shortened} shortened",
+        f"samples that repeat another one: {found.repeated}",
+        *(f"bad: {count} x {reason}" for reason, count in found.reasons.most_common(10)),
+    ]
+    return "\n".join(lines)

@@ -1,18 +1,24 @@
 """Real files through real (randomly weighted) towers in Ray Data's actors; broken ones end in quarantine."""
 
+import base64
 import json
 import re
+import tarfile
+import zipfile
 from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 import soundfile
 from PIL import Image
+from pyarrow import parquet
 
 from tests.tiny import tiny_config
+from unimoe_ray.config.data import SourceConfig
 from unimoe_ray.config.model import MODALITIES
 from unimoe_ray.data import prepare as preparing
 from unimoe_ray.data.encode import EncodeSettings
@@ -109,7 +115,7 @@ def test_good_files_are_encoded_once_and_broken_ones_are_quarantined(cluster, tm
         seen = []
         result = preparing.prepare(
             config,
-            tmp_path / "source",
+            [SourceConfig(path=str(tmp_path / "source"))],
             settings,
             lambda kind, lengths: connectors[kind].soft_tokens(lengths),
             2,
@@ -137,7 +143,7 @@ def test_good_files_are_encoded_once_and_broken_ones_are_quarantined(cluster, tm
     assert by_id["image"].soft_tokens == [16] and by_id["video"].soft_tokens == [4, 6]
     assert by_id["mixed"].soft_tokens == [13, 16] and by_id["frames"].group == "video"
     for index, good in enumerate(GOOD):
-        files = preparing.resolve(parse_record(good, index), tmp_path / "source").media
+        files = parse_record(good, index, locate=lambda _, path: str(tmp_path / "source" / path)).media
         for name, item in zip(by_id[good["id"]].media, files, strict=True):
             wanted = encode_files(towers[TOWER_OF[item.kind]], [decode_media(item, 2, config.data)])[0]
             found = read_features(source, name)
@@ -150,3 +156,56 @@ def test_good_files_are_encoded_once_and_broken_ones_are_quarantined(cluster, tm
     assert (again.encoded, again.samples) == (0, result.samples)
     assert ("encoding media", 6, 6) in seen
     assert prepare("second")[1:] == (again, [])
+
+
+def test_media_in_archives_cells_and_data_urls_are_read_by_the_actors(cluster, tmp_path):
+    """The same files as they are and packed: the same names, the same features, encoded once."""
+    first, second = picture(tmp_path / "whole.png", 0), picture(tmp_path / "other.png", 1)
+    changes = {"mini": {"random_towers": True}}
+    tower = load_tower(tiny_config(tmp_path, **changes), "image")
+    fingerprints = {kind: tower.fingerprint() for kind in MODALITIES}
+
+    def prepare(name: str, store: str, sources: list[SourceConfig]):
+        config = tiny_config(tmp_path, name=name, **changes)
+        load = partial(load_tower, config)
+        settings = EncodeSettings(str(tmp_path / store), fingerprints, 2, config.data, load)
+        result = preparing.prepare(config, sources, settings, lambda _, lengths: sum(lengths), 2, lambda *_: None)
+        return result.encoded, preparing.source(config, "train")
+
+    with zipfile.ZipFile(tmp_path / "m.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(first, "deep/first.png")
+    with tarfile.open(tmp_path / "m.tar", "w") as archive:
+        archive.add(second, "second.png")
+    inline = f"data:image/png;base64,{base64.b64encode(second.read_bytes()).decode()}"
+    packed = {
+        "zipped": record("zipped", "<image> x?", image="deep/first.png"),
+        "tarred": record("tarred", "<video> x?", video=["second.png", "second.png"]),
+        "inline": record("inline", "<image> y?", image=inline),
+    }
+    for name, entry in packed.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps([entry]))
+    row = record("cell", "<image> z?", image={"bytes": first.read_bytes(), "path": None})
+    parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "cell.parquet")
+    sources = [
+        SourceConfig(path=str(tmp_path / "zipped.json"), media=str(tmp_path / "m.zip")),
+        SourceConfig(path=str(tmp_path / "tarred.json"), media=str(tmp_path / "m.tar"), weight=2),
+        SourceConfig(path=str(tmp_path / "inline.json")),
+        SourceConfig(path=str(tmp_path / "cell.parquet")),
+    ]
+    encoded, found = prepare("packed", "one", sources)
+    assert encoded == 3  # two pictures and a video
+    assert [(span.first, span.weight) for span in found.spans] == [(0, 1.0), (1, 2.0), (2, 1.0), (3, 1.0)]
+
+    plain = [record("a", "<image> x?", image="whole.png"), record("b", "<video> x?", video=["other.png"] * 2)]
+    plain += [record("c", "<image> y?", image="other.png"), record("d", "<image> z?", image="whole.png")]
+    (tmp_path / "train.json").write_text(json.dumps(plain))
+    alone = [SourceConfig(path=str(tmp_path / "train.json"))]
+    assert prepare("plain", "one", alone)[0] == 0
+    encoded, other = prepare("anew", "two", alone)
+    assert encoded == 3
+    rows = [SampleTable(Path(source.samples)) for source in (found, other)]
+    for index in range(4):
+        media = rows[0].get(index).media
+        assert media == rows[1].get(index).media
+        for name in media:
+            np.testing.assert_array_equal(read_features(found, name).values, read_features(other, name).values)

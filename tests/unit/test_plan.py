@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unimoe_ray.data.plan import Mixture, split_step, step_samples
+from unimoe_ray.data.samples import Span
 
 weights = st.floats(0.01, 100)
 mixtures = st.dictionaries(st.sampled_from("abcdef"), st.tuples(weights, st.integers(1, 30)), min_size=1, max_size=5)
@@ -117,3 +118,22 @@ def test_ranks_share_tokens_not_samples(world):
     tokens = [sum(int(lengths[micro].sum()) for micro in rank) for rank in ranks]
     assert max(tokens) - min(tokens) <= 200
     assert len({sum(map(len, rank)) for rank in ranks}) > 1
+
+
+def test_samples_of_a_weightier_source_come_more_often():
+    """Within a task, sample by sample; the task's own weight stays."""
+    indices = {"a": np.array([0, 1, 2, 3, 8, 9]), "b": np.array([4, 5, 6, 7])}
+    spans = (Span(0, 1.0), Span(4, 3.0), Span(8, 3.0))  # rows 0 to 3, 4 to 7, 8 and 9
+    mixture = Mixture.build({"a": 2, "b": 1}, indices, spans)
+    steps = step_samples(mixture, 600, 30, seed=0)
+    drawn = np.bincount(np.concatenate(steps), minlength=10) / 600 / 30
+    # a: 2/3 of all, of which four samples weigh 1 and two weigh 3; b: 1/3, all alike.
+    assert np.allclose(drawn, [2 / 3 / 10] * 4 + [1 / 12] * 4 + [2 / 3 * 3 / 10] * 2, atol=0.002)
+
+
+def test_sources_of_equal_weight_are_one_pool():
+    indices = {"a": np.arange(6)}
+    plain = Mixture.build({"a": 1}, indices)
+    for spans in ((), (Span(0, 2.0),), (Span(0, 2.0), Span(3, 2.0))):
+        mixture = Mixture.build({"a": 1}, indices, spans)
+        assert mixture.tasks == plain.tasks and np.array_equal(mixture.indices[0], plain.indices[0])

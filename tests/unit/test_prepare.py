@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 
 from tests.tiny import tiny_config
+from unimoe_ray.config.data import SPLITS, SourceConfig
 from unimoe_ray.config.model import MODALITIES
 from unimoe_ray.data import prepare as preparing
 from unimoe_ray.data.encode import EncodeSettings
 from unimoe_ray.data.loader import read_features
+from unimoe_ray.data.locations import content_key
 from unimoe_ray.data.prompt import decode
 from unimoe_ray.data.samples import SampleTable
-from unimoe_ray.data.store import StoredFeatures, content_key, partition_dir, write_block
+from unimoe_ray.data.store import StoredFeatures, partition_dir, write_block
 from unimoe_ray.data.tokenizer import load_tokenizer
 from unimoe_ray.errors import UnimoeError
 
@@ -25,7 +27,7 @@ def record(name, question="what?", answer="this one", **fields):
 
 def write_splits(root: Path, **splits) -> None:
     root.mkdir(exist_ok=True)
-    for name in preparing.SPLITS:
+    for name in SPLITS:
         (root / f"{name}.json").write_text(json.dumps(splits.get(name, [])))
 
 
@@ -42,7 +44,8 @@ class Project:
         return EncodeSettings(store, fingerprints, 2, self.config.data, load_tower=dict)
 
     def prepare(self) -> preparing.Prepared:
-        return preparing.prepare(self.config, self.root, self.settings(), lambda _, n: sum(n), 1, lambda *_: None)
+        sources = [SourceConfig(path=str(self.root))]
+        return preparing.prepare(self.config, sources, self.settings(), lambda _, n: sum(n), 1, lambda *_: None)
 
     def quarantine(self) -> list[dict]:
         return [json.loads(line) for line in (self.config.run_dir / "quarantine.jsonl").read_text().splitlines()]
@@ -52,6 +55,10 @@ class Project:
 
     def tokenizer(self):
         return load_tokenizer(preparing.tokenizer_path(self.config))
+
+
+def key(path: Path) -> str:
+    return content_key([str(path)], 2**20)
 
 
 @pytest.fixture
@@ -98,6 +105,7 @@ def test_bad_records_go_to_quarantine_with_their_reasons(project):
         record("good"),
         record("image", "<image> what?"),
         record("unused", image="a.png"),
+        record("good"),
         record("good", answer="again"),
         record("mute", answer="  "),
         record("long", long),
@@ -109,19 +117,21 @@ def test_bad_records_go_to_quarantine_with_their_reasons(project):
     # A prompt must leave room for the answer: 64 positions, 4 kept, 3 for <s>, the leading space and <|assistant|>.
     write_splits(project.root, train=train, dev=[record("good", "!" * 57), record("tight", "!" * 58)])
     found = project.prepare()
-    assert found.samples == {"train": {"read": 1}, "dev": {"read": 1}, "test": {}}
+    assert found.samples == {"train": {"read": 2}, "dev": {"read": 1}, "test": {}}
+    # Other records under the same id are kept.
+    assert [project.table("train").get(row).id for row in range(2)] == ["good", "good~2"]
     entries = project.quarantine()
     assert found.quarantined == len(entries) == 10
     reasons = {(entry["split"], entry["id"]): entry["reason"] for entry in entries}
     expected = {
         ("train", "image"): "more <image> placeholders than files (0)",
         ("train", "unused"): "1 files for 0 <image> placeholders",
-        ("train", "good"): "id 'good' occurs twice",
+        ("train", "good"): "id 'good' occurs twice, with the same content",
         ("train", "mute"): "conversations: answer 1 is empty",
         ("train", "gone"): f"{project.root / 'gone.wav'}: No such file or directory",
         ("train", "folder"): f"{project.root}: Is a directory",
         ("train", "None"): "conversations: Input should be a valid list",
-        ("train", "9"): "record: Input should be a valid dictionary or instance of _Record",
+        ("train", "10"): "record: Input should be a valid dictionary or instance of _Record",
     }
     assert {key: reasons[key] for key in expected} == expected
     assert "tokens with media; model.language.max_positions is 64" in reasons["train", "long"]
@@ -168,7 +178,7 @@ def test_nothing_is_done_twice_and_changes_are_seen(project):
 
 
 def test_a_failed_preparation_is_not_taken_for_the_one_before(project):
-    write_splits(project.root, train=[record("a"), record("b", answer="")])
+    write_splits(project.root, train=[record("a"), record("b", "b " * 100)])
     first = project.prepare()
     tokenizer = preparing.tokenizer_path(project.config).read_bytes()
     other = Project(project.root.parent, data={"max_bad_fraction": 0.0}, model={"language": {"vocab_size": 270}})
@@ -208,7 +218,9 @@ def test_media_that_are_in_the_store(project):
     for kind, paths, n in (("image", files[:2], 4), ("audio", files[2:], 3)):
         values = np.random.default_rng(n).normal(size=(2, n, 5)).astype(np.float16)
         folder = partition_dir(Path(settings.root), kind, settings.fingerprints[kind])
-        write_block(folder, [content_key([p]) for p in paths], [StoredFeatures(values, [n, n - 1]) for _ in paths])
+        write_block(
+            folder, [content_key([str(p)], 2**20) for p in paths], [StoredFeatures(values, [n, n - 1]) for _ in paths]
+        )
     train = [
         record("x", "<audio> and <image>\nwhat?", audio="c.wav", image="b.png"),
         record("y", "<image> <image>", image=["a.png", "a.png"]),
@@ -220,6 +232,6 @@ def test_media_that_are_in_the_store(project):
     x, y = table.get(0), table.get(1)
     assert (x.group, x.soft_tokens, y.group, y.soft_tokens) == ("audio+image", [5, 7], "image", [7, 7])
     assert [i for i in x.ids if i < 0] == [-300, -200] and table.lengths[0] == len(x.ids) - 2 + 12
-    assert x.media == [f"audio/{content_key([files[2]])}", f"image/{content_key([files[1]])}"]
+    assert x.media == [f"audio/{key(files[2])}", f"image/{key(files[1])}"]
     assert read_features(source, x.media[0]).values.shape == (2, 3, 5)
     assert sorted(source.partitions) == ["audio", "image"]

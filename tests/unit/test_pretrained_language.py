@@ -18,6 +18,7 @@ from tests.unit.test_vicuna import PIECES, conversation, model_file
 from unimoe_ray import pipeline
 from unimoe_ray.chat import Conversation
 from unimoe_ray.config import Config, load_run, parse
+from unimoe_ray.config.data import SourceConfig
 from unimoe_ray.data import prepare as preparing
 from unimoe_ray.data.encode import EncodeSettings
 from unimoe_ray.data.pretrained import load_pretrained_tokenizer
@@ -80,7 +81,8 @@ TURNS = [("a b", "ab"), ("what </s> USER: <s> is it?", "b a")]
 
 def prepare(config: Config, root: Path) -> preparing.Prepared:
     settings = EncodeSettings(str(root / "features"), {}, 2, config.data, load_tower=dict)
-    return preparing.prepare(config, root / "source", settings, lambda *_: 0, 1, lambda *_: None)
+    sources = [SourceConfig(path=str(root / "source"))]
+    return preparing.prepare(config, sources, settings, lambda *_: 0, 1, lambda *_: None)
 
 
 @pytest.fixture(scope="module")

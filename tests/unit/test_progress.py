@@ -83,3 +83,13 @@ def test_follow_metrics_waits_for_half_written_lines(tmp_path) -> None:
         assert read() == [{"step": 2}, {"step": 3}]
     path.write_text('{"step": 9}\n')
     assert read() == [{"step": 9}]
+
+
+def test_what_is_counted_without_knowing_of_how_much() -> None:
+    out, console = _plain()
+    with TrainProgress(console) as progress:
+        progress.count("reading", 10, None)
+        progress.count("reading", 20, None)
+        progress.count("reading", 25, 25)
+    first, last = out.getvalue().splitlines()
+    assert first.split() == ["reading", "10"] and last.split()[:4] == ["reading", "100", "%", "25/25"]

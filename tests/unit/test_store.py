@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unimoe_ray.data.locations import BadMedia, content_key
 from unimoe_ray.data.samples import PreparedSample, SampleTable, write_samples
-from unimoe_ray.data.store import FeatureStore, StoredFeatures, content_key, partition_dir, write_block
+from unimoe_ray.data.store import FeatureStore, StoredFeatures, partition_dir, write_block
 
 
 def features(seed: int, windows: int = 2, n: int = 3, dim: int = 4) -> StoredFeatures:
@@ -62,17 +63,17 @@ def test_what_was_not_finished_is_not_seen(tmp_path):
 
 
 def test_content_key(tmp_path):
-    for name, content in (("a", b"one"), ("b", b"two"), ("c", b"one"), ("d", b"onetwo"), ("e", b"")):
+    for name, content in (("a", b"one"), ("b", b"two"), ("c", b"one"), ("d", b"onetwo"), ("e", b"x")):
         (tmp_path / name).write_bytes(content)
 
     def key(*names):
-        return content_key([tmp_path / name for name in names])
+        return content_key([str(tmp_path / name) for name in names], 100)
 
     assert key("a") == key("c") == hashlib.sha256(hashlib.sha256(b"one").digest()).hexdigest()
     keys = [key("a"), key("b"), key("a", "b"), key("b", "a"), key("d"), key("d", "e"), key("a", "b", "e")]
     assert len(set(keys)) == len(keys)
-    with pytest.raises(FileNotFoundError):
-        key("missing")
+    with pytest.raises(BadMedia, match="missing: No such file"):
+        key("a", "missing")
 
 
 def test_partitions_differ_by_modality_and_fingerprint(tmp_path):

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from unimoe_ray.config.base import Strict
+
+SPLITS = ("train", "dev", "test")
+MEDIA_FIELDS = ("image", "video", "audio", "speech", "voice")
+Place = Annotated[str, Field(min_length=1)]
+
+
+class SourceConfig(Strict):
+    """One source of records. Paths may be URLs: s3://, gs://, https:// and whatever fsspec knows."""
+
+    path: Place = Field(description="a file, a folder, a pattern such as data/shard-*.tar, or a URL of one of them")
+    format: Literal["auto", "json", "jsonl", "parquet", "webdataset"] = Field(
+        "auto", description="auto: by the ending of the file's name: .json, .jsonl, .parquet, .tar"
+    )
+    media: Place | dict[Literal[MEDIA_FIELDS], Place] | None = Field(
+        None,
+        description="what media paths are relative to: a folder, a .zip or a .tar; for all fields, or field by field; "
+        "not given: the folder of the records' file",
+    )
+    split: Literal[SPLITS] | None = Field(
+        None, description="not given: by the names of files or their folder (train-0.tar, dev/...); train for others"
+    )
+    task: Annotated[str, Field(min_length=1)] | None = Field(None, description="the task of records that name none")
+    weight: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="how often each of its samples comes, beside other sources' samples"
+    )
 
 
 class DataConfig(Strict):
     """``dir`` holds what is shared by runs: the suite and the feature store."""
 
     dir: str = "data"
-    source: str = Field("mini", description="'mini', or a folder with train.json, dev.json and test.json")
+    source: str = Field("mini", description="'mini', or a folder of the splits train, dev and test")
+    sources: list[SourceConfig] = Field([], description="instead of data.source: any number of sources")
     template: Literal["compact", "vicuna_v1", "smollm2"] = Field(
         "compact", description="how conversations become tokens; all but compact need a model.language.pretrained"
     )
@@ -26,9 +52,21 @@ class DataConfig(Strict):
     )
     max_pixels: int = Field(64_000_000, ge=1)
     max_seconds: float = Field(600.0, gt=0)
+    max_bytes: int = Field(2**30, ge=1, description="of one media file, unpacked")
     encode_batch: int = Field(256, ge=1, description="media files per block of the encoding pipeline")
     prefetch: int = Field(2, ge=0, description="blocks of micro-batches that Ray Data prepares ahead")
     steps_per_block: int = Field(16, ge=1, description="optimizer steps whose micro-batches make one block")
+
+    @model_validator(mode="after")
+    def _one_way_to_name_sources(self) -> DataConfig:
+        if self.sources and self.source != "mini":
+            raise ValueError(f"data.source is {self.source!r} and data.sources is given too; give one of them")
+        return self
+
+    @property
+    def is_mini(self) -> bool:
+        """Whether the embedded suite is the data."""
+        return self.source == "mini" and not self.sources
 
 
 class MiniConfig(Strict):

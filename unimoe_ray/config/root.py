@@ -195,6 +195,9 @@ def _check_keys(tree: Any, model: type[BaseModel], prefix: str) -> None:
             if isinstance(kind, tuple):
                 for name, entry in value.items() if isinstance(value, dict) else ():
                     _check_keys(entry, kind[0], f"{prefix}{key}.{name}.")
+            elif isinstance(value, list):
+                for index, entry in enumerate(value):
+                    _check_keys(entry, kind, f"{prefix}{key}.{index}.")
             else:
                 _check_keys(value, kind, f"{prefix}{key}.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from unimoe_ray.config.data import DataConfig
+from unimoe_ray.data.locations import open_media
 from unimoe_ray.data.media import load_audio, load_image, load_video, pick_frames
 from unimoe_ray.data.schema import Media
 from unimoe_ray.data.store import StoredFeatures
@@ -14,13 +15,17 @@ TOWER_OF = {"image": "image", "video": "image", "audio": "audio", "speech": "spe
 
 def decode_media(media: Media, frames: int, data: DataConfig):
     """A media file as its tower takes it (see ``model.features.Tower``). Raises BadMedia."""
+    files = media.paths
+    if media.kind == "video" and len(files) > 1:
+        files = pick_frames(list(files), frames)
+    opened = [open_media(file, data.max_bytes) if isinstance(file, str) else file for file in files]
     if media.kind == "image":
-        return load_image(media.paths[0], data.max_pixels)
+        return load_image(opened[0], data.max_pixels)
     if media.kind == "video":
-        if len(media.paths) > 1:
-            return [load_image(path, data.max_pixels) for path in pick_frames(list(media.paths), frames)]
-        return load_video(media.paths[0], frames, data.max_pixels, data.max_seconds)
-    return load_audio(media.paths[0], data.max_seconds)
+        if len(opened) > 1:
+            return [load_image(file, data.max_pixels) for file in opened]
+        return load_video(opened[0], frames, data.max_pixels, data.max_seconds)
+    return load_audio(opened[0], data.max_seconds)
 
 
 def encode_files(tower, decoded: list) -> list[StoredFeatures]:

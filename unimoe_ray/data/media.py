@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import io
+import math
 import struct
 import warnings
 import zlib
+from collections import deque
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO
 
 import av
 import numpy as np
 import soundfile
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from unimoe_ray.data.locations import BadMedia, MediaBytes, reason
 
 SAMPLE_RATE = 16_000
 MAX_PIXELS = 64_000_000
@@ -21,32 +24,21 @@ MAX_SECONDS = 600.0
 # Beyond these a header is damaged, and resampling would take gigabytes.
 RATES = (1_000, 768_000)
 MAX_FRAMES = 40_000  # some 10 minutes at 60 a second; nearly empty frames cost few bytes, but time
-KEPT_BYTES = 256 * 2**20  # pictures of a video that are kept while it is decoded
 PIECE = 16_384  # sound frames decoded at a time
 # Integers that were written as floats pass; the power of much louder ones is no number any more.
 LOUDEST = 2.0**32
 # Formats that hold all their data: a playlist would make the decoder open what it names, an EPS file run a program.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mp3,ogg,flac,wav,aac"
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mp3,ogg,flac,wav,aac"
+_PICTURE_HEADS = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
+_TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 # What damaged files make Pillow's parsers raise.
 _BROKEN_IMAGE = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError),
     *(struct.error, zlib.error, Image.DecompressionBombError, RuntimeError),  # RuntimeError: AVIF
 )
 
-Source = str | Path | BinaryIO
-
-
-class BadMedia(Exception):
-    """A file that can't be read, with the reason in one line (file name included)."""
-
-
-class MediaBytes(io.BytesIO):
-    """A media file in memory; ``name`` stands for it in error messages."""
-
-    def __init__(self, data: bytes, name: str):
-        super().__init__(data)
-        self.name = name
+Source = str | Path | MediaBytes
 
 
 def load_image(path: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -56,14 +48,11 @@ def load_image(path: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
             warnings.simplefilter("ignore")
             with Image.open(path, formats=IMAGE_FORMATS) as image:
                 _check_size(image, max_pixels, path)
-                upright = ImageOps.exif_transpose(image)
-                if upright.mode.startswith("I;16"):  # Pillow would clip these greys instead of scaling them.
-                    upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-                return upright.convert("RGB")
+                return _eight_bits(ImageOps.exif_transpose(image), path).convert("RGB")
     except UnidentifiedImageError:
         raise BadMedia(f"{_name(path)}: not an image that can be read") from None
     except _BROKEN_IMAGE as error:
-        raise BadMedia(f"{_name(path)}: {_reason(error)}") from None
+        raise BadMedia(f"{_name(path)}: {reason(error)}") from None
 
 
 def load_audio(path: Source, max_seconds: float = MAX_SECONDS) -> np.ndarray:
@@ -71,7 +60,7 @@ def load_audio(path: Source, max_seconds: float = MAX_SECONDS) -> np.ndarray:
     try:
         wave = _decode_with_av(path, max_seconds) if _is_container(path) else _read(path, max_seconds)
     except (av.error.FFmpegError, soundfile.LibsndfileError, OSError, ValueError) as error:
-        raise BadMedia(f"{_name(path)}: {_reason(error)}") from None
+        raise BadMedia(f"{_name(path)}: {reason(error)}") from None
     if not len(wave):
         raise BadMedia(f"{_name(path)}: has no sound samples")
     if not np.isfinite(wave).all():
@@ -84,35 +73,21 @@ def load_audio(path: Source, max_seconds: float = MAX_SECONDS) -> np.ndarray:
 def load_video(
     path: Source, frames: int, max_pixels: int = MAX_PIXELS, max_seconds: float = MAX_SECONDS
 ) -> list[Image.Image]:
-    """``frames`` RGB images, uniformly spread over the video's frames. Raises BadMedia."""
-    kept: list[Image.Image] = []
-    stride = 1
+    """``frames`` RGB images: those nearest to moments spread evenly from the time of the first frame to that of the
+    last one, turned as the file says. A picture is a video of one frame. Raises BadMedia."""
     try:
+        head = _head(path)
+        if head.startswith(_PICTURE_HEADS) or head[8:] == b"WEBP":
+            return [load_image(path, max_pixels)] * frames
+        moments, numbered = _moments(path, frames, max_pixels, max_seconds)
         with _open_container(path) as container:
-            if not container.streams.video:
-                raise BadMedia(f"{_name(path)}: has no video stream")
-            stream = container.streams.video[0]
-            if stream.codec_context is None:
-                raise BadMedia(f"{_name(path)}: has a video stream of an unknown codec")
-            _check_size(stream, max_pixels, path)
-            for index, frame in enumerate(container.decode(stream)):
-                if frame.time is not None and frame.time > max_seconds:
-                    raise BadMedia(f"{_name(path)}: longer than {max_seconds:g} s")
-                if index >= MAX_FRAMES:
-                    raise BadMedia(f"{_name(path)}: has more than {MAX_FRAMES} frames")
-                _check_size(frame, max_pixels, path)  # It may change on the way.
-                if index % stride == 0:
-                    kept.append(frame.to_image())
-                # Bounded memory for long videos: past 16 times the frames wanted (less if they are large), drop every
-                # other one.
-                most = min(16 * frames, KEPT_BYTES // (3 * frame.width * frame.height))
-                if len(kept) >= max(2 * frames, most):
-                    kept, stride = kept[::2], stride * 2
+            decoded = _timed(container.decode(video=0), numbered, max_pixels, path)
+            picked = [_picture(frame) for frame in _nearest(decoded, moments)]
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise BadMedia(f"{_name(path)}: {_reason(error)}") from None
-    if not kept:
+        raise BadMedia(f"{_name(path)}: {reason(error)}") from None
+    if not picked:
         raise BadMedia(f"{_name(path)}: has no video frames")
-    return pick_frames(kept, frames)
+    return picked + picked[-1:] * (frames - len(picked))
 
 
 def pick_frames(images: list[Image.Image], frames: int) -> list[Image.Image]:
@@ -120,24 +95,104 @@ def pick_frames(images: list[Image.Image], frames: int) -> list[Image.Image]:
     return [images[round(i)] for i in np.linspace(0, len(images) - 1, frames)]
 
 
+def _moments(path: Source, frames: int, max_pixels: int, max_seconds: float) -> tuple[list[float], bool]:
+    """The times at which pictures are wanted, in units of the stream, and whether frames are numbered instead of timed:
+    from the packets, which are not decoded."""
+    with _open_container(path) as container:
+        if not container.streams.video:
+            raise BadMedia(f"{_name(path)}: has no video stream")
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise BadMedia(f"{_name(path)}: has a video stream of an unknown codec")
+        _check_size(stream, max_pixels, path)
+        times: list[int | None] = []
+        for packet in container.demux(stream):
+            if packet.size and not packet.is_discard:
+                times.append(packet.pts)
+            if len(times) > MAX_FRAMES:
+                raise BadMedia(f"{_name(path)}: has more than {MAX_FRAMES} frames")
+        # AVI has frames at a fixed rate, and knows only the order in which they are decoded.
+        numbered = None in times or container.format.name == "avi"
+        if numbered:
+            times = list(range(len(times)))
+        unit = 1 / (stream.average_rate or 1) if numbered else stream.time_base
+        if times and (max(times) - min(times)) * unit > max_seconds:
+            raise BadMedia(f"{_name(path)}: longer than {max_seconds:g} s")
+        return np.linspace(min(times), max(times), frames).tolist() if times else [], numbered
+
+
+def _timed(
+    decoded: Iterator[av.VideoFrame], numbered: bool, max_pixels: int, path: Source
+) -> Iterator[tuple[float, av.VideoFrame]]:
+    time = -math.inf
+    for number, frame in enumerate(decoded):
+        if number >= MAX_FRAMES:
+            raise BadMedia(f"{_name(path)}: has more than {MAX_FRAMES} frames")
+        _check_size(frame, max_pixels, path)  # It may change on the way.
+        time = number if numbered else time if frame.pts is None else max(time, frame.pts)
+        yield time, frame
+
+
+def _nearest(timed: Iterator[tuple[float, av.VideoFrame]], moments: list[float]) -> Iterator[av.VideoFrame]:
+    """The frame nearest to each moment, holding two at a time; of two equally near ones that with the even number."""
+    left = deque(moments)
+    before = None
+    for number, (time, frame) in enumerate(timed):
+        while left and left[0] <= time:
+            late, early = time - left[0], math.inf if before is None else left[0] - before[0]
+            yield frame if late < early or (late == early and number % 2 == 0) else before[1]
+            left.popleft()
+        if not left:
+            return
+        before = time, frame
+    if before is not None:  # Frames that the packets promised did not come.
+        yield from (before[1] for _ in left)
+
+
+def _picture(frame: av.VideoFrame) -> Image.Image:
+    """As it is to be seen: phones film sideways and write by how much."""
+    image = frame.to_image()
+    turn = _TURNS.get(frame.rotation % 360)
+    return image if turn is None else image.transpose(turn)
+
+
+def _eight_bits(image: Image.Image, path: Source) -> Image.Image:
+    """Greys of 16 bits scaled to 8, where Pillow would clip them."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        values = np.asarray(image)
+        if values.size and (values.min() < 0 or values.max() > 65_535):
+            raise BadMedia(f"{_name(path)}: greys of more than 16 bits")
+        return Image.fromarray((values >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise BadMedia(f"{_name(path)}: greys as floating-point numbers, whose range is not known")
+    return image
+
+
 def _check_size(picture: Image.Image | av.VideoStream | av.VideoFrame, max_pixels: int, path: Source) -> None:
     if picture.width * picture.height > max_pixels:
         raise BadMedia(f"{_name(path)}: {picture.width} x {picture.height} pixels; at most {max_pixels} are allowed")
 
 
-def _is_container(path: Source) -> bool:
-    """Whether the first bytes are those of a format that PyAV reads and libsndfile does not (or reads worse: MP3)."""
+def _head(path: Source) -> bytes:
+    """The first 12 bytes."""
     if isinstance(path, str | Path):
         with open(path, "rb") as file:
-            head = file.read(12)
-    else:
-        head = path.read(12)
-        path.seek(0)
+            return file.read(12)
+    head = path.read(12)
+    path.seek(0)
+    return head
+
+
+def _is_container(path: Source) -> bool:
+    """Whether the first bytes are those of a format that PyAV reads and libsndfile does not (or reads worse: MP3)."""
+    head = _head(path)
     is_mp3 = head[:3] == b"ID3" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0")
     return head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3" or head[8:12] == b"AVI " or is_mp3
 
 
 def _open_container(path: Source) -> av.container.InputContainer:
+    if isinstance(path, MediaBytes):
+        path.seek(0)
     return av.open(str(path) if isinstance(path, Path) else path, options={"format_whitelist": CONTAINERS})
 
 
@@ -168,29 +223,38 @@ def _decode_with_av(path: Source, max_seconds: float) -> np.ndarray:
     with _open_container(path) as container:
         if not container.streams.audio:
             raise BadMedia(f"{_name(path)}: has no sound track")
-        return _concatenate(container.decode(container.streams.audio[0]), path, limit=int(max_seconds * SAMPLE_RATE))
+        return _concatenate(_mixed(container.decode(audio=0)), path, limit=int(max_seconds * SAMPLE_RATE))
+
+
+def _mixed(frames: Iterator[av.AudioFrame]) -> Iterator[av.AudioFrame]:
+    """The mean of the channels, as for all other files: the resampler's own mix of two is 3 dB louder."""
+    planar = av.AudioResampler(format="fltp")
+    for frame in _then_none(frames):
+        for piece in planar.resample(frame):
+            yield _frame(piece.to_ndarray().mean(axis=0), piece.sample_rate)
 
 
 def _concatenate(frames: Iterator[av.AudioFrame], path: Source, limit: int | None = None) -> np.ndarray:
+    """Mono frames to one wave at 16 kHz: ceil(seconds * 16,000) samples of what the frames hold in seconds."""
     resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
-    parts, total = [], 0
+    parts, total, seconds = [], 0, Fraction(0)
     for frame in _then_none(frames):
-        if frame is not None and not RATES[0] <= frame.sample_rate <= RATES[1]:
-            raise BadMedia(f"{_name(path)}: sampled at {frame.sample_rate} Hz; {RATES[0]} to {RATES[1]} Hz are allowed")
+        if frame is not None:
+            if not RATES[0] <= frame.sample_rate <= RATES[1]:
+                raise BadMedia(
+                    f"{_name(path)}: sampled at {frame.sample_rate} Hz; {RATES[0]} to {RATES[1]} Hz are allowed"
+                )
+            seconds += Fraction(frame.samples, frame.sample_rate)
         for piece in resampler.resample(frame):
             parts.append(piece.to_ndarray()[0])
             total += len(parts[-1])
         if limit is not None and total > limit:
             raise BadMedia(f"{_name(path)}: longer than {limit / SAMPLE_RATE:g} s")
-    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    length = math.ceil(seconds * SAMPLE_RATE)
+    # The resampler gives a sample more or less, depending on the rate.
+    return np.concatenate([*parts, np.zeros(max(0, length - total), np.float32)])[:length]
 
 
 def _then_none(frames: Iterator[av.AudioFrame]) -> Iterator[av.AudioFrame | None]:
     yield from frames
     yield None  # flushes the resampler
-
-
-def _reason(error: Exception) -> str:
-    """What libsndfile, FFmpeg or the system says; the whole text would name the Python object that is read."""
-    said = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
-    return " ".join(said.split()) or type(error).__name__

@@ -7,9 +7,12 @@ micro-batches, so a resumed or resized run neither skips nor repeats a sample.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from unimoe_ray.data.samples import Span
 
 _GOLDEN = 0.6180339887498949
 # A micro-batch with more padding is divided: short samples before long ones. A micro-batch more costs as much time as
@@ -20,17 +23,34 @@ MIN_PADDING = 64
 
 @dataclass(frozen=True)
 class Mixture:
-    """Weights of tasks, and each task's sample indices in the table."""
+    """Weights of tasks, and each task's sample indices in the table; a task whose samples are of sources with
+    different weights is one part for each of them."""
 
     tasks: tuple[str, ...]
     weights: np.ndarray
     indices: tuple[np.ndarray, ...]
 
     @classmethod
-    def build(cls, weights: dict[str, float], indices: dict[str, np.ndarray]) -> Mixture:
-        tasks = tuple(sorted(weights))
-        w = np.array([weights[t] for t in tasks], dtype=np.float64)
-        return cls(tasks, w / w.sum(), tuple(np.asarray(indices[t]) for t in tasks))
+    def build(cls, weights: dict[str, float], indices: dict[str, np.ndarray], spans: Sequence[Span] = ()) -> Mixture:
+        """weights, indices: by task. Within a task, a sample of a source of weight 2 comes twice as often as one of a
+        source of weight 1."""
+        parts = [part for t in sorted(weights) for part in _by_source(t, weights[t], np.asarray(indices[t]), spans)]
+        names, shares, rows = zip(*parts, strict=True)
+        w = np.array(shares, dtype=np.float64)
+        return cls(names, w / w.sum(), rows)
+
+
+def _by_source(
+    task: str, weight: float, rows: np.ndarray, spans: Sequence[Span]
+) -> Iterator[tuple[str, float, np.ndarray]]:
+    source = np.searchsorted([span.first for span in spans], rows, side="right") - 1
+    parts = np.unique(source)
+    if len({spans[part].weight for part in parts if spans}) < 2:
+        yield task, weight, rows
+        return
+    masses = np.array([spans[part].weight for part in parts]) * [np.count_nonzero(source == part) for part in parts]
+    for part, share in zip(parts, masses / masses.sum(), strict=True):
+        yield f"{task}@{part}", weight * share, rows[source == part]
 
 
 def step_samples(mixture: Mixture, steps: int, batch_size: int, seed: int) -> list[np.ndarray]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+# What a batch of the file holds at most: a hundred megabytes or two while it is made.
+BATCH_ROWS, BATCH_TOKENS = 65_536, 2**22
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -42,30 +45,91 @@ class PreparedSample:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Rows from ``first`` on, up to the next span, are of one of ``data.sources``, with its weight."""
+
+    first: int
+    weight: float
+
+
+@dataclass(frozen=True)
 class Source:
     """Where prepared samples and features lie. ``partitions`` maps a modality to its folder in the store."""
 
     samples: str
     partitions: dict[str, str]
+    spans: tuple[Span, ...] = ()
 
 
-def write_samples(path: Path, samples: list[PreparedSample]) -> None:
-    columns = {name: [getattr(s, name) for s in samples] for name in SCHEMA.names}
-    arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        writer.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA))
-    temporary.replace(path)
+class SampleWriter:
+    """One Arrow file of prepared samples; a context manager: the file is visible once it is left without an error.
+    A bounded number of samples is held in memory."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        self._names: dict[str, dict[str, int]] = {f.name: {} for f in SCHEMA if pa.types.is_dictionary(f.type)}
+        self._part: list[PreparedSample] = []
+        self._tokens = 0
+
+    def __enter__(self) -> SampleWriter:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._sink = pa.OSFile(str(self._temporary), "wb")
+        # A later batch may bring new names of tasks and groups: they are added behind those that are known.
+        options = pa.ipc.IpcWriteOptions(emit_dictionary_deltas=True)
+        self._writer = pa.ipc.new_file(self._sink, SCHEMA, options=options)
+        self._batches = 0
+        return self
+
+    def add(self, sample: PreparedSample) -> None:
+        self._part.append(sample)
+        self._tokens += len(sample.ids)
+        if len(self._part) == BATCH_ROWS or self._tokens >= BATCH_TOKENS:
+            self._flush()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None and (self._part or not self._batches):
+            self._flush()
+        self._writer.close()
+        self._sink.close()
+        if kind is None:
+            self._temporary.replace(self._path)
+        else:
+            self._temporary.unlink()
+
+    def _flush(self) -> None:
+        self._writer.write_batch(_batch(self._part, self._names))
+        self._batches += 1
+        self._part, self._tokens = [], 0
+
+
+def write_samples(path: Path, samples: Iterable[PreparedSample]) -> None:
+    """One Arrow file, visible only when complete."""
+    with SampleWriter(path) as writer:
+        for sample in samples:
+            writer.add(sample)
+
+
+def _batch(samples: list[PreparedSample], names: dict[str, dict[str, int]]) -> pa.RecordBatch:
+    arrays = []
+    for field in SCHEMA:
+        values = [getattr(sample, field.name) for sample in samples]
+        if field.name in names:
+            known = names[field.name]
+            codes = pa.array([known.setdefault(value, len(known)) for value in values], field.type.index_type)
+            arrays.append(pa.DictionaryArray.from_arrays(codes, pa.array(list(known), field.type.value_type)))
+        else:
+            arrays.append(pa.array(values, field.type))
+    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
 
 class SampleTable:
-    """Random access to prepared samples by row number."""
+    """Random access to prepared samples by row number; the file is mapped, not read."""
 
     def __init__(self, path: Path):
-        self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all().combine_chunks()
+        self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         self.lengths = self._table["length"].to_numpy()
-        column = self._table["group"].combine_chunks()
+        column = self._column("group")
         self.groups, self.group_names = np.asarray(column.indices), column.dictionary.to_pylist()
 
     def __len__(self) -> int:
@@ -73,7 +137,7 @@ class SampleTable:
 
     def by_task(self) -> dict[str, np.ndarray]:
         """Row numbers of each task."""
-        column = self._table["task"].combine_chunks()
+        column = self._column("task")
         codes = np.asarray(column.indices)
         return {task: np.flatnonzero(codes == code) for code, task in enumerate(column.dictionary.to_pylist())}
 
@@ -81,3 +145,6 @@ class SampleTable:
         values = self._table.slice(row, 1).to_pylist()[0]
         values.pop("length")
         return PreparedSample(**values)
+
+    def _column(self, name: str) -> pa.DictionaryArray:
+        return self._table[name].unify_dictionaries().combine_chunks()

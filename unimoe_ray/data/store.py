@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,15 +32,6 @@ class StoredFeatures:
 
     values: np.ndarray
     lengths: list[int]
-
-
-def content_key(paths: Iterable[str | Path]) -> str:
-    """SHA-256 over the bytes of a media file (or of a video's frame files, in order)."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def partition_dir(root: Path, modality: str, fingerprint: str) -> Path:

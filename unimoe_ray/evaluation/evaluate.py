@@ -18,7 +18,7 @@ from unimoe_ray.config.training import STAGES
 from unimoe_ray.data import prepare
 from unimoe_ray.data.loader import read_features
 from unimoe_ray.data.samples import SampleTable, Source
-from unimoe_ray.data.schema import PLACEHOLDER, BadSample, Sample, parse_record
+from unimoe_ray.data.schema import PLACEHOLDER
 from unimoe_ray.errors import UnimoeError, UsageError
 from unimoe_ray.evaluation.answer import answer, expert_load
 from unimoe_ray.evaluation.metrics import exact_match, task_score
@@ -54,7 +54,6 @@ def final_model(config: Config, stage: str | None = None) -> Path:
 
 def evaluate(
     config: Config,
-    root: Path,
     *,
     model_dir: Path,
     split: str = "test",
@@ -63,7 +62,7 @@ def evaluate(
     on_progress: Callable[[int, int], None] | None = None,
     routing_file: Path | None = None,
 ) -> Evaluation:
-    """Greedy answers of every evaluated task, scored by exact match. ``root`` holds the splits' JSON files.
+    """Greedy answers of every evaluated task, scored by exact match.
 
     routing_file: for the experts of every token of the prompts (``evaluation.tokens.schema``)
     """
@@ -96,14 +95,13 @@ def evaluate(
         if on_progress:
             on_progress(len(answers), len(flat))
 
-    originals = _originals(root / f"{split}.json", config)
+    asked = prepare.held_out_records(config, split, {row for task_rows in rows.values() for row in task_rows})
     scores, samples = {}, []
     for task, task_rows in rows.items():
         expected = []
         for row in task_rows:
-            sample = originals[table.get(row).id]
-            expected.append(sample.turns[-1][1])
-            samples.append(_describe(sample, answers[row]))
+            expected.append(asked[row]["answer"])
+            samples.append(_describe(asked[row], answers[row]))
         scores[task] = task_score([answers[row] for row in task_rows], expected)
     return Evaluation(scores, samples, _routing(model_dir, source, rows, config.evaluation.batch_size))
 
@@ -164,25 +162,13 @@ def _routing(model_dir: Path, source: Source, rows: dict[str, list[int]], batch_
     return {"experts": slots, "layers": len(next(iter(shares.values()))), "load": shares}
 
 
-def _originals(path: Path, config: Config) -> dict[str, Sample]:
-    """The split's records by id; those in quarantine have no prepared row and are never asked for."""
-    originals = {}
-    for index, record in enumerate(prepare.read_records(path)):
-        try:
-            sample = parse_record(record, index, config.data.voice_as)
-        except BadSample:
-            continue
-        originals.setdefault(sample.id, prepare.resolve(sample, path.parent))
-    return originals
-
-
-def _describe(sample: Sample, given: str) -> dict[str, Any]:
-    question, expected = sample.turns[-1]
+def _describe(asked: dict[str, Any], given: str) -> dict[str, Any]:
+    expected = asked["answer"]
     return {
-        "id": sample.id,
-        "task": sample.task,
-        "question": " ".join(PLACEHOLDER.sub("", question).split()),
-        "media": [{"kind": item.kind, "path": item.paths[0]} for item in sample.media],
+        "id": asked["id"],
+        "task": asked["task"],
+        "question": " ".join(PLACEHOLDER.sub("", asked["question"]).split()),
+        "media": asked["media"],
         "answer": given,
         "expected": expected,
         "correct": exact_match(given, expected),

@@ -28,7 +28,7 @@ def suite(config: Config, say: Callable[[str], None]) -> Path:
 
 def suite_hash(config: Config) -> str | None:
     """The content hash stamped on the suite, if this run uses it."""
-    if config.data.source != "mini":
+    if not config.data.is_mini:
         return None
     folder = Path(config.data.dir) / f"mini-{config.mini.scale}-{config.suite_seed}"
     return json.loads((folder / "suite.json").read_text())["hash"]

@@ -60,7 +60,7 @@ def train(job: Job) -> None:
     make_engine = partial(initialize, model, groups, config.training, run.weight_decay, device)
     mover = ExpertMover(ranks, config, make_engine)
 
-    mixture = Mixture.build(job.tasks, SampleTable(Path(job.source.samples)).by_task())
+    mixture = Mixture.build(job.tasks, SampleTable(Path(job.source.samples)).by_task(), job.source.spans)
     plan = planned_micro_batches(
         job.source,
         mixture,
