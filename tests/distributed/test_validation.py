@@ -65,7 +65,8 @@ def _train(run: TinyRun, rank: int, world: int, every: int) -> list[dict]:
     for number, micros in enumerate(plan):
         arrays = [collate([table.get(int(r)) for r in m], lambda n: read_features(source, n)) for m in micros]
         step = Step(number, arrays, sum(map(len, micros)))
-        lines.append({"step": number + 1} | train_step(engine, step, settings, config, torch.device("cpu")))
+        metrics, _ = train_step(engine, step, settings, config, torch.device("cpu"))
+        lines.append({"step": number + 1} | metrics)
         if every and (number + 1) % every == 0:
             lines[-1]["validation"] = validate(engine, validation, torch.device("cpu"))
     assert all(module.training for module in model.modules())
