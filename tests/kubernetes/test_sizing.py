@@ -64,6 +64,21 @@ def test_a_training_rank_by_hand():
     assert dense["activations"] == pytest.approx(4096 * 4096 * 32 * 34 / GIB)
 
 
+def test_experts_that_training_spreads_over_ranks():
+    overrides = ["training.expert_parallel.ep_size=4"]
+    whole, spread = (
+        memory.training(config.load("uni-moe-7b-8e", given), EIGHT, "tune", 16, on_gpu=True)
+        for given in ([], overrides)
+    )
+    assert whole.device_gib - spread.device_gib == pytest.approx(EIGHT.experts * 4 * 3 / 4 / GIB)
+    assert whole.host_gib == spread.host_gib
+    auto = config.load("uni-moe-7b-8e", ["training.expert_parallel.ep_size=auto"])
+    assert [memory.expert_ranks(auto, ranks) for ranks in (1, 3, 4, 16)] == [1, 3, 4, 8]
+    sized = planned("uni-moe-7b-8e", "gpu", EIGHT, *overrides)
+    assert sized.placement[0].startswith("training: 8 experts over 4 ranks") and "71.4 GiB of 79" in sized.placement[0]
+    assert not any("a training rank" in problem for problem in sized.problems)
+
+
 def test_without_a_gpu_all_of_it_is_in_the_hosts_memory_in_fp32():
     settings = config.load("mini")
     on_cpu, on_gpu = (memory.training(settings, SMALL, "tune", 2, on_gpu=gpu) for gpu in (False, True))

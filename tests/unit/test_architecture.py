@@ -29,7 +29,7 @@ ALLOWED = {
     "inference": {"config", "model", "parallel", "data"},
     # Its processor makes prompts of conversations, with our templates.
     "interop": {"config", "model", "data"},
-    "kuberay": {"config", "parameter_table"},
+    "kuberay": {"config", "parallel", "parameter_table"},
     "progress": set(),
     "report": set(),
     "doctor": set(),

@@ -62,7 +62,10 @@ def training(config: Config, sizes: Sizes, run: str, ranks: int, on_gpu: bool) -
     tokens, hidden = training.max_tokens_per_micro_batch, language.hidden_size
     per_layer = language.num_layers * (ATTENTION_BYTES + FEED_FORWARD_BYTES)
     per_layer += sparse * FEED_FORWARD_BYTES * (moe.top_k - 1)
-    weights = _times("weights", model + connectors, 4, "fp32")
+    read = _times("weights", model + connectors, 4, "fp32")
+    ways = expert_ranks(config, ranks) if is_sparse else 1
+    spread = f", experts over {ways} ranks" if ways > 1 else ""
+    weights = _times("weights", model + connectors - sizes.experts * (1 - 1 / ways) * is_sparse, 4, "fp32" + spread)
     device = (
         weights,
         Term("gradients", f"{short(trained)} trained x 4 B x (1 + 1/{ranks})", trained * 4 * (1 + 1 / ranks) / GIB),
@@ -78,7 +81,14 @@ def training(config: Config, sizes: Sizes, run: str, ranks: int, on_gpu: bool) -
             tokens * language.vocab_size * (width + 8) / GIB,
         ),
     )
-    return Need(f"a training rank, {run}", *_sides(device, weights, on_gpu))
+    return Need(f"a training rank, {run}", *_sides(device, read, on_gpu))
+
+
+def expert_ranks(config: Config, ranks: int) -> int:
+    """How many training ranks share the experts of a mixture. Raises UsageError when they cannot be so many."""
+    from unimoe_ray.parallel.groups import expert_parallel_size
+
+    return expert_parallel_size(config.training.expert_parallel.ep_size, ranks, config.model.moe.num_experts)
 
 
 def language_model(config: Config, sizes: Sizes, on_gpu: bool) -> Need:

@@ -225,6 +225,11 @@ def _placement(config: Config, sizes: Sizes, language: Need, train: Need, node: 
         return [f"every process holds all {len(slots)} experts: there is no GPU to spread them over"]
     lines = []
     for need, width, what in ((train, 4, "training"), (language, 2, "endpoint")):
+        ways = memory.expert_ranks(config, int(config.training.workers))
+        if what == "training" and ways > 1:
+            fits = f"{need.device_gib:.1f} GiB of {node.gpu_memory_gib:g} on each GPU"
+            lines.append(f"{what}: {len(slots)} experts over {ways} ranks, training.expert_parallel.ep_size ({fits})")
+            continue
         gpus = memory.experts_over_gpus(config, sizes, need, width, node.gpu_memory_gib)
         if gpus == 1:
             fits = f"{need.device_gib:.1f} GiB of {node.gpu_memory_gib:g}"
