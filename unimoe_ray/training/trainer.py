@@ -73,7 +73,7 @@ def run_stage(
     for path in (metrics, config.run_dir / "findings.jsonl"):
         _forget(path, {job.label for job in jobs})
     each = max(1, workers // len(jobs))
-    if stage == "tune":
+    if stage == "tune" and config.model.moe.layers != "none":
         expert_parallel_size(config.training.expert_parallel.ep_size, each, config.model.moe.num_experts)
     # Cores are shared by the operating system; a GPU belongs to one run at a time.
     turns = threading.Semaphore(max(1, workers // each) if use_gpu else len(jobs))
