@@ -85,7 +85,7 @@ def environment(folder: Path, variant: str) -> dict[str, str]:
     given = dict(text.split("=", 1) for text in build.all("ARG"))
     given |= dict(pair.split("=", 1) for text in build.all("ENV") for pair in text.split())
     # Here torch comes from where pip is told to look.
-    given |= {"VARIANT": variant, "VENV": str(folder / "opt"), "CPU_INDEX": given["CUDA_INDEX"]}
+    given |= {"VARIANT": variant, "VENV": str(folder / "opt"), "CPU_INDEX": ""}
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     return kept | given
 

@@ -42,13 +42,13 @@ def size_lines(settings: Config, overlay: Overlay, sized: Plan) -> Iterator[str]
     """A table of the pods, where the experts are, the arithmetic of each, and what does not fit."""
     yield f"{settings.name} on {overlay.name}: {OVERLAYS[overlay.name].says}"
     yield ""
-    yield f"{'pods':<10}{'how many':>9}{'CPUs':>7}{'memory':>10}{'GPUs':>6}{'on each GPU':>15}  node"
+    yield f"{'pods':<10}{'how many':>9}{'CPUs':>7}{'memory':>12}{'GPUs':>6}{'on each GPU':>15}  node"
     for pod in sized.pods.values():
         count = str(pod.most) if pod.least == pod.most else f"{pod.least} to {pod.most}"
         device = max((need.device_gib for _, need in pod.runs), default=0) if pod.gpus else 0
         on_gpu = f"{device:.1f} of {pod.node.gpu_memory_gib:g} GiB" if pod.gpus else ""
         memory = f"{pod.memory_gib:g} GiB"
-        yield f"{pod.name:<10}{count:>9}{pod.cpus:>7g}{memory:>10}{pod.gpus or '':>6}{on_gpu:>15}  {_node(pod)}"
+        yield f"{pod.name:<10}{count:>9}{pod.cpus:>7g}{memory:>12}{pod.gpus or '':>6}{on_gpu:>15}  {_node(pod)}"
     yield ""
     yield f"training ranks: {sized.ranks}; volume: {sized.storage_gib} GiB"
     yield f"a pod that ends has {sized.checkpoint_s} s for a checkpoint, {sized.stream_s} s for streams"
