@@ -21,7 +21,7 @@ help:
 	@echo "make demo   train, evaluate and report the mini model: runs/mini"
 	echo "make test   the quick tests (make slow: the slow ones, resumable)"
 	echo "make lint   ruff check and format check"
-	echo "make bench  the benchmarks"
+	echo "make bench  the benchmarks, at small sizes where they have them"
 	echo "make manifests  render k8s/ again, after a change of the configuration or of unimoe_ray/kuberay"
 	echo "make clean  remove the environment and caches (runs/ stays)"
 
@@ -65,8 +65,10 @@ lint: $(STAMP)
 	$(PY) -m ruff format --check .
 
 bench: $(STAMP)
-	@shopt -s nullglob
-	for b in benchmarks/*.py; do echo "== $$b"; $(PY) "$$b"; done
+	@for b in $$(grep -l __main__ benchmarks/*.py); do
+	  echo "== $$b"
+	  if grep -q -- '"--small"' "$$b"; then $(PY) "$$b" --small; else $(PY) "$$b"; fi
+	done
 
 manifests: $(STAMP)
 	@for made in cpu-mini:mini gpu:uni-moe-7b-4e gpu-spot:uni-moe-7b-4e kueue:uni-moe-7b-4e; do

@@ -90,7 +90,7 @@ def _run_read(experts: list[Expert], rows: torch.Tensor, counts: list[int]) -> t
         settings = [[(p.scale, p.dropout) for p in expert] for expert in experts]
         tensors = [tensor for expert in experts for p in expert for tensor in p.tensors()]
         return _Experts.apply(rows, counts, settings, *tensors)
-    return _run(experts, rows, counts)[0]
+    return _run(experts, rows, counts)
 
 
 def _want_grouped(experts: list[Expert]) -> bool:
@@ -150,7 +150,8 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, counts: list[int], settings: list, *tensors) -> torch.Tensor:
-        outputs, kept = _run(_experts(tensors, settings), rows, counts)
+        kept: list[torch.Tensor | None] = []
+        outputs = _run(_experts(tensors, settings), rows, counts, kept)
         ctx.counts, ctx.settings, ctx.tensors = counts, settings, len(tensors)
         ctx.save_for_backward(rows, *tensors, *kept)
         return outputs
@@ -183,10 +184,12 @@ def _experts(tensors: Sequence[torch.Tensor | None], settings: list) -> list[Exp
     return [tuple(Projection(*next(triples), *own) for own in of_expert) for of_expert in settings]
 
 
-def _run(experts: Sequence[Expert], rows: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, list]:
-    """Outputs [N, H]; and of every expert that has rows, what its backward needs: gate(x), up(x), silu(gate(x)), and
-    of each projection the dropout's noise and a(x)."""
-    outputs, kept = torch.empty_like(rows), []
+def _run(
+    experts: Sequence[Expert], rows: torch.Tensor, counts: list[int], kept: list[torch.Tensor | None] | None = None
+) -> torch.Tensor:
+    """Outputs [N, H]. To ``kept`` goes, of every expert that has rows, what its backward needs: gate(x), up(x),
+    silu(gate(x)), and of each projection the dropout's noise and a(x)."""
+    outputs = torch.empty_like(rows)
     parts = zip(counts, rows.split(counts), outputs.split(counts), experts, strict=True)
     for count, x, y, (gate, up, down) in parts:
         if not count:
@@ -196,14 +199,15 @@ def _run(experts: Sequence[Expert], rows: torch.Tensor, counts: list[int]) -> tu
         g, *of_gate = _project(gate, x, turned)
         u, *of_up = _project(up, x, turned)
         activated = F.silu(g)
-        hidden = activated * u
+        hidden = activated.mul_(u) if kept is None else activated * u
         if few:
             out, *of_down = _project(down, hidden, hidden.t())
             y.copy_(out)
         else:
             _, *of_down = _project(down, hidden, None, y)
-        kept += [g, u, activated, *of_gate, *of_up, *of_down]
-    return outputs, kept
+        if kept is not None:
+            kept += [g, u, activated, *of_gate, *of_up, *of_down]
+    return outputs
 
 
 def _project(p: Projection, x: torch.Tensor, turned: torch.Tensor | None, out: torch.Tensor | None = None):

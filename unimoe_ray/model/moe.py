@@ -73,7 +73,7 @@ def combine(outputs: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -
 
 def _sum_slots(rows: torch.Tensor, order: torch.Tensor, top_k: int, weights: torch.Tensor | None) -> torch.Tensor:
     """Rows of sorted slots, weighted, summed over the K of each token, in one pass."""
-    inverse = order.argsort()
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     starts = torch.arange(0, len(order), top_k, device=order.device)
     weights = None if weights is None else weights.reshape(-1)
     return torch.embedding_bag(rows, inverse, starts, mode=0, per_sample_weights=weights)[0]
