@@ -3,9 +3,9 @@
 Each rank sends its rows sorted by the rank that holds their expert, then by expert. They arrive sorted by sender, then
 by expert; the experts want them by expert, then by sender. Nothing is padded or dropped.
 
-Only the counts travel while something else is done. Rows do not: between processes of one machine (gloo) they cost
-at most 5 % of the layer's CPU time (``benchmarks/expert_parallel.py``), all that hiding it could save; networks were not
-measured.
+Only the counts travel while something else is done. Rows do not: between processes of one machine (gloo) their exchange
+is at most 5 % of the layer's CPU time (``benchmarks/expert_parallel.py``), so hiding it could save no more of that.
+Wall time over networks was not measured.
 """
 
 from __future__ import annotations
