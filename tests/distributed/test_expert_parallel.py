@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -98,6 +99,7 @@ def train(case: Case, rank: int, world: int) -> dict:
     for step in range(case.model.steps):
         if step in case.moves:
             engine = relocate(engine, case.moves[step], make_engine)
+            gc.collect()  # whenever the old engine goes, it must not touch what the new one has
         batches = [micro_batch(step, range(*ends)) for ends in zip(bounds, bounds[1:], strict=False)]
         answers = sum(int((sample.labels[:, 1:] >= 0).sum()) for sample in samples(step))
         set_learning_rates(engine, learning_rate_factor(step, case.model.steps, config.optimizer))

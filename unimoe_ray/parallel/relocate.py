@@ -93,7 +93,9 @@ def _move_experts(
 
 
 def _close(engine) -> None:
-    """Take an engine's hooks off its model. ``destroy`` leaves those of the module."""
+    """Take an engine's hooks off its model. ``destroy`` leaves those of the module, and would be called once more when
+    the engine is collected, which takes its links to the optimizer away from parameters that are another's by then."""
     engine.destroy()
+    engine.optimizer = None
     engine.module_forward_pre_hook.remove()
     engine.module_forward_post_hook.remove()
