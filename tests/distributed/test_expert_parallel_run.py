@@ -39,6 +39,7 @@ def _tune(run: TinyRun, workers: int = 2) -> tuple[dict[str, torch.Tensor], str,
     return read_weights(folder), recipe(folder), [line for line in lines if line["run"] == "tune"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_experts_on_two_workers_that_move_end_with_the_same_model(run):
     settings = run.config.training

@@ -157,6 +157,7 @@ def test_a_client_that_leaves_frees_its_slot_within_a_second(fragile):
     assert written - gone < timedelta(seconds=1), line
 
 
+@pytest.mark.slow
 def test_an_encoder_comes_and_goes_without_a_failed_request(fragile):
     assert not fragile.replicas("speech")
     contents = [[sound(wav(100 + seed), "speech"), text("what is this?")] for seed in range(4)]

@@ -152,8 +152,6 @@ VIDEOS: dict[str, tuple[Callable[[], bytes], str]] = {
     "MP4 of sound only": (lambda: sound_as("mp4", "aac"), "has no video stream"),
     "MP4 without frames": (lambda: mp4(frames=0), ""),
     "WAV": (wav, "has no video stream"),
-    "PNG": (png, ""),
-    "GIF": (lambda: picture_as("GIF"), ""),
     "text": (lambda: b"hello", "Invalid data"),
     "1600 x 1600": (lambda: video_of(1600, 1600), "1600 x 1600 pixels; at most 2500000"),
 } | {name: (lambda data=data: data, "") for name, data in PLAYLISTS.items()}
@@ -191,6 +189,8 @@ def test_videos(endpoint, make, words):
         lambda: sound(wav_of(rate=768_000), "speech"),
         lambda: sound(many_channels()),
         lambda: video(video_of(16, 2)),
+        lambda: video(png()),
+        lambda: video(picture_as("GIF")),
     ],
     ids=[
         "1 x 1",
@@ -203,6 +203,8 @@ def test_videos(endpoint, make, words):
         "768 kHz",
         "FLAC",
         "16 x 2",
+        "a picture as a video",
+        "GIF as a video",
     ],
 )
 def test_files_that_are_odd_but_whole_are_answered(endpoint, part):

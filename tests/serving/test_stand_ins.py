@@ -154,7 +154,8 @@ def test_a_client_that_leaves_takes_nobody_with_it(app):
     assert [answer.status_code for answer in answers] == [200] * 3, [answer.text for answer in answers]
 
 
-@the_other_slow
+@pytest.mark.slow
+@pytest.mark.parametrize("app", MODES, indirect=True)
 def test_a_redeployment_drops_no_request(app):
     """Long answers are under way and short ones keep coming while every deployment that changed is replaced."""
     right = app.ask(QUESTION, max_completion_tokens=500)["choices"]
