@@ -25,6 +25,7 @@ from unimoe_ray.data.samples import SampleTable
 from unimoe_ray.model.language import mixtures
 from unimoe_ray.model.routing import RoutingSums
 from unimoe_ray.model.unimoe import to_batch
+from unimoe_ray.training import interrupt, recovery
 from unimoe_ray.training.allocator import keep_freed_memory
 from unimoe_ray.training.checkpoint import ModelInfo, save_model
 from unimoe_ray.training.engine import (
@@ -35,6 +36,8 @@ from unimoe_ray.training.engine import (
     set_learning_rates,
 )
 from unimoe_ray.training.expert_placement import ExpertMover, collect_experts, spread_experts
+from unimoe_ray.training.guard import Guard
+from unimoe_ray.training.interrupt import PlannedRestart
 from unimoe_ray.training.job import Job
 from unimoe_ray.training.record import RunRecord
 from unimoe_ray.training.routing import over_ranks, routing_metrics
@@ -74,12 +77,14 @@ def train(job: Job) -> None:
     dataset = rank_dataset(job.source, plan, config.data.steps_per_block)
     steps = iterate_steps(dataset, config.data.prefetch)
     validation = _plan_validation(config, job, rank, world)
-    record = RunRecord(config, job.label) if rank == 0 else None
+    record = RunRecord(config, job.label, resumed=0) if rank == 0 else None
+    guard = Guard.of_run(config, job.label, resumed=0)
+    recovery.mark("restored")
     for number in range(run.steps):
         started = time.perf_counter()
         step = next(steps)
         waited = time.perf_counter() - started
-        metrics, routing = train_step(mover.engine, step, run, config, device)
+        metrics, routing, stop = train_step(mover.engine, step, run, config, device, guard)
         metrics |= {"data_wait_s": round(waited, 4), "seconds": round(time.perf_counter() - started, 4)}
         metrics["tokens_per_s"] = round(metrics["tokens"] / max(metrics["seconds"], 1e-9), 1)
         if validation is not None and _is_due(number + 1, run.steps, config):
@@ -89,6 +94,8 @@ def train(job: Job) -> None:
         if record is not None:
             line = {"step": number + 1, "steps": run.steps, "stage": job.stage, "run": job.label} | metrics
             record.write(line | {"world": world})
+        if stop is not None and number + 1 < run.steps:
+            raise PlannedRestart(stop, f"the workers stop for a {stop}, their state saved")
 
     collect_experts(model)
     if rank == 0:
@@ -104,33 +111,39 @@ def train(job: Job) -> None:
 
 
 def train_step(
-    engine, step: Step, run: TrainRun, config: Config, device: torch.device
-) -> tuple[dict[str, Any], RoutingSums | None]:
-    """One optimizer step: metrics over all ranks, and this rank's routing (None of a dense model)."""
+    engine, step: Step, run: TrainRun, config: Config, device: torch.device, guard: Guard
+) -> tuple[dict[str, Any], RoutingSums | None, str | None]:
+    """One optimizer step: metrics over all ranks, and this rank's routing (None of a dense model), and the
+    cause if workers are to stop after it. Raises as ``Guard`` does."""
     counts = _token_counts(step.micro_batches)
-    local = torch.tensor(
-        [counts["answer"], counts["all"], step.samples, *(counts[m] for m in TOKEN_KINDS)], device=device
-    )
+    kinds = [counts[kind] for kind in TOKEN_KINDS]
+    local = torch.tensor([counts["answer"], counts["all"], step.samples, *kinds, *interrupt.requested()], device=device)
     dist.all_reduce(local)
-    answer_tokens, tokens, samples, *by_modality = local.tolist()
+    answer_tokens, tokens, samples, *others = local.tolist()
+    by_modality, requests = others[: len(kinds)], others[len(kinds) :]
 
     factor = learning_rate_factor(step.number, run.steps, config.training.optimizer)
     set_learning_rates(engine, factor)
     batches = [to_batch(arrays).to(device) for arrays in step.micro_batches]
     total, routing = backward_step(engine, batches, answer_tokens)
-    engine.step()
-
     dist.all_reduce(total)
+    loss = float(total) / max(answer_tokens, 1)
+    number = step.number + 1
+    skipped = guard.before_update(engine, number, loss)
+    engine.step()
+    skipped = skipped or guard.after_update(engine, number)
+
     metrics = {
-        "loss": round(float(total) / max(answer_tokens, 1), 6),
+        "loss": round(loss, 6),
         "lr": round(max(run.train.values()) * factor, 8),
         "tokens": tokens,
         "samples": samples,
         "modality": dict(zip(TOKEN_KINDS, by_modality, strict=True)),
         "micro_batches": len(batches),
         **(routing_metrics(over_ranks(routing)) if routing is not None else {"expert_load": None}),
+        **({"skipped": skipped} if skipped is not None else {}),
     }
-    return metrics, routing
+    return metrics, routing, interrupt.agreed(requests)
 
 
 def _plan_validation(config: Config, job: Job, rank: int, world: int) -> ValidationPlan | None:
