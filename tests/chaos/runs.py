@@ -12,16 +12,19 @@ import torch
 from tests.tiny import TinyRun, make_tiny_run
 from unimoe_ray.data import prepare
 from unimoe_ray.training.checkpoint import checkpoint_dir, read_weights
-from unimoe_ray.training.trainer import recipe, run_stage
+from unimoe_ray.training.recipe import recipe
+from unimoe_ray.training.trainer import run_stage
 
 # Adam's eps is above rounding noise, of which it would make steps of full size.
 OPTIMIZER = {"eps": 1e-6}
 ELASTIC = {"grow_after": 1.0, "hang_timeout": 8.0, "start_timeout": 30.0}
 
 
-def make_run(root: Path, **training) -> TinyRun:
-    """Ready for stage 3."""
-    run = make_tiny_run(root, training={"optimizer": OPTIMIZER, "elastic": ELASTIC} | training)
+def make_run(root: Path, steps: int = 12, every: int = 4, **training) -> TinyRun:
+    """Ready for stage 3, of so many steps; ``every``: steps between two states."""
+    settings = {"optimizer": OPTIMIZER, "elastic": ELASTIC | training.pop("elastic", {})} | training
+    run = make_tiny_run(root, training=settings, checkpoint={"every": every})
+    run.config.stages.tune["tune"].steps = steps
     source = prepare.source(run.config, "train")
     for name in run.config.stages.experts:
         manifest = checkpoint_dir(run.config.run_dir, "experts", name) / "manifest.json"
@@ -62,3 +65,4 @@ def weights(run: TinyRun, stage: str = "tune", name: str = "tune") -> dict[str, 
 def again(run: TinyRun) -> None:
     """As if stage 3 had never been trained."""
     shutil.rmtree(checkpoint_dir(run.config.run_dir, "tune", "tune"), ignore_errors=True)
+    shutil.rmtree(run.config.run_dir / "states", ignore_errors=True)

@@ -13,7 +13,7 @@ from unimoe_ray.config import Config
 from unimoe_ray.config.elastic import ElasticConfig
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.training.interrupt import PlannedRestart
-from unimoe_ray.training.recovery import History
+from unimoe_ray.training.recovery import METRICS, bad_steps, read_lines
 
 WINDOW, ENOUGH = 20, 5
 
@@ -29,13 +29,13 @@ class Guard:
         self._losses, self._highest = deque(good, maxlen=WINDOW), max(good, default=0.0)
 
     @classmethod
-    def of_run(cls, config: Config, run: str, resumed: int) -> Guard:
-        """From what is written down of the run; on all ranks, which must agree on it."""
+    def of_run(cls, config: Config, run: str, done: int) -> Guard:
+        """From what is written down of the run, whose first ``done`` steps are done; on all ranks, which must agree."""
         found: list = [None]
         if dist.get_rank() == 0:
-            history = History.read(config.run_dir, run)
-            before = [line["loss"] for line in history.lines if line["step"] <= resumed and not line.get("skipped")]
-            found = [(history.bad_steps(), before)]
+            lines = read_lines(config.run_dir / METRICS, run)
+            losses = [line["loss"] for line in lines if line["step"] <= done and "skipped" not in line]
+            found = [(bad_steps(config.run_dir, run), losses)]
         dist.broadcast_object_list(found)
         return cls(config.training.elastic, *found[0])
 

@@ -11,7 +11,8 @@ from unimoe_ray.training import recovery
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a worker needs to know, picklable."""
+    """Everything a worker needs to know, picklable. states: where those of the run lie; decides: all that decides what
+    it learns, as a state of it says too."""
 
     config: dict[str, Any]
     info: dict[str, Any]
@@ -22,6 +23,8 @@ class Job:
     tokenizer: str
     folder: str
     recipe: str
+    states: str
+    decides: dict[str, Any]
 
     @property
     def label(self) -> str:

@@ -1,19 +1,25 @@
-"""What every Ray Train worker runs: one training run, from its start model to its checkpoint."""
+"""What every Ray Train worker runs: one training run, from its start model or its last state to its model folder."""
 
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import numpy as np
 import ray.train
 import torch
 import torch.distributed as dist
 
+from unimoe_ray.checkpoint import restore
+from unimoe_ray.checkpoint.saver import Outcome, Saver
+from unimoe_ray.checkpoint.storage import Folder
 from unimoe_ray.config import Config, parse
 from unimoe_ray.config.model import PLACEHOLDER_IDS, TOKEN_KINDS
 from unimoe_ray.config.training import TrainRun
@@ -35,8 +41,8 @@ from unimoe_ray.training.engine import (
     pick_device,
     set_learning_rates,
 )
-from unimoe_ray.training.expert_placement import ExpertMover, collect_experts, spread_experts
-from unimoe_ray.training.guard import Guard
+from unimoe_ray.training.expert_placement import ExpertMover, collect_experts, placement_of, spread_experts
+from unimoe_ray.training.guard import BadStep, Guard
 from unimoe_ray.training.interrupt import PlannedRestart
 from unimoe_ray.training.job import Job
 from unimoe_ray.training.record import RunRecord
@@ -55,13 +61,19 @@ def train(job: Job) -> None:
     keep_freed_memory()
     torch.manual_seed(_seed(config, job))
     device = pick_device(config.training)
+    states = Folder(job.states)
+    state, passed_over = restore.find(states, job.decides)
+    done = 0 if state is None else state.step
 
     model = start_model(config, info, job.stage).to(device)
     model.train()
     groups = make_trainable(model, run)
-    ranks = spread_experts(model, config, device)
+    ranks = spread_experts(model, config, device, state and state.manifest.placement)
     make_engine = partial(initialize, model, groups, config.training, run.weight_decay, device)
     mover = ExpertMover(ranks, config, make_engine)
+    if state is not None:
+        restore.load(mover.engine, state)
+    saver = Saver(states, config.checkpoint, label=job.label, steps=run.steps, decides=job.decides, start=state)
 
     mixture = Mixture.build(job.tasks, SampleTable(Path(job.source.samples)).by_task(), job.source.spans)
     plan = planned_micro_batches(
@@ -74,27 +86,41 @@ def train(job: Job) -> None:
         world=world,
         max_tokens=config.training.max_tokens_per_micro_batch,
     )
-    dataset = rank_dataset(job.source, plan, config.data.steps_per_block)
+    dataset = rank_dataset(job.source, plan[done:], config.data.steps_per_block)
     steps = iterate_steps(dataset, config.data.prefetch)
     validation = _plan_validation(config, job, rank, world)
-    record = RunRecord(config, job.label, resumed=0) if rank == 0 else None
-    guard = Guard.of_run(config, job.label, resumed=0)
+    guard = Guard.of_run(config, job.label, done)
+    record = RunRecord(config, job.label, done) if rank == 0 else None
+    for text in passed_over if record is not None else ():
+        record.remark(done, text)
     recovery.mark("restored")
-    for number in range(run.steps):
+    for number in range(done, run.steps):
         started = time.perf_counter()
-        step = next(steps)
+        step = replace(next(steps), number=number)
         waited = time.perf_counter() - started
-        metrics, routing, stop = train_step(mover.engine, step, run, config, device, guard)
+        seed_step(_seed(config, job), number, rank)
+        try:
+            metrics, routing, stop = train_step(mover.engine, step, run, config, device, guard)
+        except BadStep as bad:
+            if rank == 0:
+                recovery.write_event(config.run_dir, job.label, recovery.BAD_STEP, step=bad.step, reason=bad.reason)
+            raise
         metrics |= {"data_wait_s": round(waited, 4), "seconds": round(time.perf_counter() - started, 4)}
         metrics["tokens_per_s"] = round(metrics["tokens"] / max(metrics["seconds"], 1e-9), 1)
         if validation is not None and _is_due(number + 1, run.steps, config):
             metrics["validation"] = validate(mover.engine, validation, device)
         if routing is not None and number + 1 < run.steps and (moved := mover.after_step(number + 1, routing)):
             metrics["moved_experts"] = moved
+        written = saver.outcome()
+        if saver.is_due(number + 1):
+            score = mean(metrics["validation"].values()) if "validation" in metrics else None
+            before = saver.save(mover.engine, number + 1, placement=placement_of(model), validation=score)
+            written = written or before
         if record is not None:
             line = {"step": number + 1, "steps": run.steps, "stage": job.stage, "run": job.label} | metrics
-            record.write(line | {"world": world})
+            record.write(line | {"world": world} | _told(record, written))
         if stop is not None and number + 1 < run.steps:
+            saver.save_now(mover.engine, number + 1, placement=placement_of(model))
             raise PlannedRestart(stop, f"the workers stop for a {stop}, their state saved")
 
     collect_experts(model)
@@ -107,7 +133,26 @@ def train(job: Job) -> None:
         final = replace(info, sparse=bool(mixtures(model)))
         save_model(Path(job.folder), model, final, Path(job.tokenizer), job.recipe)
     dist.barrier()
+    saver.finish()
     ray.train.report(metrics)
+
+
+def seed_step(seed: int, number: int, rank: int) -> None:
+    """Random numbers of a step (dropout) depend on nothing before it: a run that goes on from a state draws those that
+    it would have drawn, if its world is the same, and others of the same kind if not. No state keeps any."""
+    (drawn,) = np.random.SeedSequence([seed, number, rank]).generate_state(1)
+    random.seed(int(drawn))
+    np.random.seed(drawn)
+    torch.manual_seed(int(drawn))
+
+
+def _told(record: RunRecord, outcome: Outcome | None) -> dict[str, Any]:
+    """For the metrics: what became of a state, which the user hears of if it was not written."""
+    if outcome is None:
+        return {}
+    if outcome.error:
+        record.remark(outcome.step, f"the state of this step was not written: {outcome.error}")
+    return {"checkpoint": outcome.metrics()}
 
 
 def train_step(

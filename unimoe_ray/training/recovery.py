@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
-# Events: the driver began; workers are being started; workers stopped, planned or not; a step was bad.
-DRIVER, START, STOP, BAD_STEP = "driver", "start", "stop", "bad_step"
+# Events: the driver began; workers are being started; they go on from a state; they stopped, planned or not; a step was
+# bad, and the run goes back behind it.
+DRIVER, START, RESUME, STOP, BAD_STEP = "driver", "start", "resume", "stop", "bad_step"
 TAIL_BYTES = 1 << 16
 
 _marks: dict[str, float] = {}
@@ -66,89 +66,74 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-@dataclass
-class History:
-    """One run so far. lines: its steps, without those that were done again, of which there are ``again``."""
+def forget_events(folder: Path, run: str) -> None:
+    """Of a run that begins anew. For the driver, before it does."""
+    path = folder / EVENTS
+    if path.is_file():
+        left = [line for line in path.read_bytes().splitlines() if (_parsed(line) or {}).get("run", run) != run]
+        path.write_bytes(b"".join(line + b"\n" for line in left))
 
-    lines: list[dict[str, Any]] = field(default_factory=list)
-    again: int = 0
-    events: list[dict[str, Any]] = field(default_factory=list)
 
-    @classmethod
-    def read(cls, folder: Path, run: str) -> History:
-        history = cls(events=list(read_lines(folder / EVENTS, run)))
-        for line in read_lines(folder / METRICS, run):
-            history._go_back(line["step"])
-            history.lines.append(line)
-        return history
-
-    def _go_back(self, step: int) -> None:
-        while self.lines and self.lines[-1]["step"] >= step:
-            self.lines.pop()
-            self.again += 1
-
-    def bad_steps(self) -> dict[int, str]:
-        """The steps that a run went back from, and why."""
-        return {e["step"]: e["reason"] for e in self.events if e["event"] == BAD_STEP}
+def bad_steps(folder: Path, run: str) -> dict[int, str]:
+    """The steps that a run went back from, and why."""
+    return {e["step"]: e["reason"] for e in read_lines(folder / EVENTS, run) if e["event"] == BAD_STEP}
 
 
 class Account:
-    """Adds to the lines of a run, in each attempt (the steps between two starts of its workers):
+    """Adds to the lines of a run:
 
-    attempt      how many there were before
     goodput      time in steps that count, over the time since the run began while a driver was there
-    restarts, lost_steps   since the run began: starts after the first, and steps done again
+    restarts, lost_steps   since the run began: starts of workers after the first, and steps that were done again
     recovery     in the first line after a restart: its ``cause``, ``lost_steps``, ``seconds`` from the stop to the end
                  of this step, and of these ``scheduling_s`` until workers were asked for, ``process_s`` until they
                  ran, ``import_s``, ``restore_s`` and ``first_step_s``
     """
 
-    def __init__(self, folder: Path, run: str, resumed: int):
-        """``resumed``: steps that are done, from the restored state."""
-        history = History.read(folder, run)
-        before = len(history.lines)
-        history._go_back(resumed + 1)
-        self.earlier = history.lines
-        self._lost = before - len(history.lines)
-        self._lost_before = history.again
-        self._useful = sum(line.get("seconds", 0.0) for line in history.lines)
-        starts = [event["time"] for event in history.events if event["event"] == START]
-        stops = [event for event in history.events if event["event"] == STOP]
-        self._attempt = max(0, len(starts) - 1)
-        self._began = starts[0] if starts else time.time()
-        self._stop = stops[-1] if stops and (len(starts) < 2 or stops[-1]["time"] >= starts[-2]) else None
-        self._start = starts[-1] if starts else self._began
-        times = sorted(
-            [(line["time"], None) for line in read_lines(folder / METRICS, run) if "time" in line]
-            + [(event["time"], event["event"]) for event in history.events]
+    def __init__(self, folder: Path, run: str, done: int):
+        """``done``: steps of the state that the run goes on from. To be made before the lines of later steps go."""
+        events = list(read_lines(folder / EVENTS, run))
+        lines = list(read_lines(folder / METRICS, run))
+        recent = events[max((n for n, e in enumerate(events) if e["event"] == RESUME), default=0) :]
+        self._stopped = next((e for e in reversed(recent) if e["event"] in (STOP, DRIVER)), None)
+        reached = max(
+            [line["step"] for line in lines] + [e.get("reached", 0) for e in recent if e["event"] == DRIVER] + [0]
         )
-        absent = [b - a for (a, _), (b, event) in zip(times, times[1:], strict=False) if event == DRIVER]
-        self._absent = sum(absent)
-        self._driver = next((b for b, event in reversed(times) if event == DRIVER), None)
+        starts = [e["time"] for e in events if e["event"] == START] or [time.time()]
+        self._began, self._start, self._restarts = starts[0], starts[-1], len(starts) - 1
+        self._lost = max(0, reached - done)
+        self._lost_in_all = self._lost + sum(e["lost_steps"] for e in events if e["event"] == RESUME)
+        self._useful = sum(line.get("seconds", 0.0) for line in lines if line["step"] <= done)
+        self._absent = _absent(events, lines)
         self._first = True
+        write_event(folder, run, RESUME, step=done, lost_steps=self._lost)
 
     def line(self, seconds: float) -> dict[str, Any]:
         """For a finished step that took ``seconds``."""
         now = time.time()
         self._useful += seconds
         added: dict[str, Any] = {
-            "attempt": self._attempt,
             "goodput": round(min(1.0, self._useful / max(now - self._began - self._absent, 1e-9)), 4),
-            "restarts": self._attempt,
-            "lost_steps": self._lost_before + self._lost,
+            "restarts": self._restarts,
+            "lost_steps": self._lost_in_all,
         }
-        if self._first and self._attempt:
+        if self._first and self._restarts:
             added["recovery"] = self._recovery(now)
         self._first = False
         return added
 
     def _recovery(self, now: float) -> dict[str, Any]:
-        stop = self._stop["time"] if self._stop is not None else self._driver or self._start
+        stop = self._stopped["time"] if self._stopped is not None else self._start
         times = [stop, self._start, *(_marks.get(name, now) for name in ("entered", "imported", "restored")), now]
         names = ("scheduling_s", "process_s", "import_s", "restore_s", "first_step_s")
         return {
-            "cause": self._stop["cause"] if self._stop is not None else "driver",
+            "cause": DRIVER if self._stopped is None else self._stopped.get("cause", DRIVER),
             "lost_steps": self._lost,
             "seconds": round(now - stop, 3),
             **{name: round(b - a, 3) for name, a, b in zip(names, times, times[1:], strict=False)},
         }
+
+
+def _absent(events: list[dict[str, Any]], lines: list[dict[str, Any]]) -> float:
+    """Seconds before a driver began, since anything was heard of the one before it."""
+    heard = sorted([(line["time"], "") for line in lines if "time" in line] + [(e["time"], e["event"]) for e in events])
+    return sum(b - a for (a, _), (b, event) in zip(heard, heard[1:], strict=False) if event == DRIVER)
