@@ -59,5 +59,7 @@ def training_stack() -> str | None:
     frames = sys._current_frames()
     for thread in threading.enumerate():
         if thread.name.startswith("TrainingThread(") and thread.ident in frames:
-            return "".join(traceback.format_stack(frames[thread.ident]))
+            stack = traceback.extract_stack(frames[thread.ident])
+            ours = next((n for n, frame in enumerate(stack) if frame.name == "train_worker"), 0)
+            return "".join(traceback.format_list(stack[ours:]))
     return None
