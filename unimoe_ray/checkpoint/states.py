@@ -104,7 +104,7 @@ def strangers(state: State) -> list[str]:
 
 
 def _damage_or(error: OSError, name: str) -> DamagedError:
-    """A disk that can't read a file is a damage. A storage that can't be reached is none: it may be there again soon."""
+    """A file that its disk can't read is damaged. A storage that can't be reached is not: it may be back soon."""
     if error.errno in (errno.EIO, errno.EISDIR, errno.ENOTDIR):
         return DamagedError(f"{name} can't be read: {reason(error)}")
     raise error

@@ -120,7 +120,7 @@ def train(job: Job) -> None:
         final = replace(info, sparse=bool(mixtures(model)))
         save_model(Path(job.folder), model, final, Path(job.tokenizer), job.recipe)
     dist.barrier()
-    saver.finish()
+    _told(record, saver.finish())
     ray.train.report(metrics)
 
 
@@ -133,9 +133,9 @@ def seed_step(seed: int, number: int, rank: int) -> None:
     torch.manual_seed(int(drawn))
 
 
-def _told(record: RunRecord, outcome: Outcome | None) -> dict[str, Any]:
+def _told(record: RunRecord | None, outcome: Outcome | None) -> dict[str, Any]:
     """For the metrics: what became of a state, which the user hears of if it was not written."""
-    if outcome is None:
+    if outcome is None or record is None:
         return {}
     if outcome.error:
         record.remark(outcome.step, f"the state of this step was not written: {outcome.error}")

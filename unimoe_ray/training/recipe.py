@@ -1,4 +1,4 @@
-"""What decides what a run learns: a model made by another recipe is trained again, a state of another is not gone on from."""
+"""What decides what a run learns. A model of another recipe is trained again; a state of another is refused."""
 
 from __future__ import annotations
 
