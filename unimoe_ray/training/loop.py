@@ -19,9 +19,8 @@ from unimoe_ray.config.model import PLACEHOLDER_IDS, TOKEN_KINDS
 from unimoe_ray.config.training import TrainRun
 from unimoe_ray.data import prepare
 from unimoe_ray.data.batch import Arrays
-from unimoe_ray.data.loader import Step, iterate_steps, planned_micro_batches, rank_dataset
-from unimoe_ray.data.plan import Mixture
-from unimoe_ray.data.samples import SampleTable
+from unimoe_ray.data.loader import Layout, Step, iterate_steps, rank_dataset
+from unimoe_ray.data.plan import Order
 from unimoe_ray.model.language import mixtures
 from unimoe_ray.model.routing import RoutingSums
 from unimoe_ray.model.unimoe import to_batch
@@ -60,18 +59,9 @@ def train(job: Job) -> None:
     make_engine = partial(initialize, model, groups, config.training, run.weight_decay, device)
     mover = ExpertMover(ranks, config, make_engine)
 
-    mixture = Mixture.build(job.tasks, SampleTable(Path(job.source.samples)).by_task(), job.source.spans)
-    plan = planned_micro_batches(
-        job.source,
-        mixture,
-        steps=run.steps,
-        batch_size=run.batch_size,
-        seed=_seed(config, job),
-        rank=rank,
-        world=world,
-        max_tokens=config.training.max_tokens_per_micro_batch,
-    )
-    dataset = rank_dataset(job.source, plan, config.data.steps_per_block)
+    order = Order(tuple(job.tasks.items()), run.steps, run.batch_size, _seed(config, job))
+    layout = Layout(rank, world, config.training.max_tokens_per_micro_batch)
+    dataset = rank_dataset(job.source, order, layout, config.data.steps_per_block)
     steps = iterate_steps(dataset, config.data.prefetch)
     validation = _plan_validation(config, job, rank, world)
     record = RunRecord(config, job.label) if rank == 0 else None
