@@ -1,4 +1,4 @@
-"""kill -9 of the driver in the middle of stage 2; the same command redoes no finished run and goes on with the others."""
+"""kill -9 of the driver in the middle of stage 2; the same command goes on, and redoes no finished run."""
 
 from __future__ import annotations
 

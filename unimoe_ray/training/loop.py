@@ -25,9 +25,7 @@ from unimoe_ray.config.model import PLACEHOLDER_IDS, TOKEN_KINDS
 from unimoe_ray.config.training import TrainRun
 from unimoe_ray.data import prepare
 from unimoe_ray.data.batch import Arrays
-from unimoe_ray.data.loader import Step, iterate_steps, planned_micro_batches, rank_dataset
-from unimoe_ray.data.plan import Mixture
-from unimoe_ray.data.samples import SampleTable
+from unimoe_ray.data.loader import Layout, Step, iterate_steps, rank_dataset
 from unimoe_ray.model.language import mixtures
 from unimoe_ray.model.routing import RoutingSums
 from unimoe_ray.model.unimoe import to_batch
@@ -42,6 +40,7 @@ from unimoe_ray.training.engine import (
 )
 from unimoe_ray.training.expert_placement import ExpertMover, collect_experts, placement_of, spread_experts
 from unimoe_ray.training.job import Job
+from unimoe_ray.training.recipe import order_of, run_seed
 from unimoe_ray.training.record import RunRecord
 from unimoe_ray.training.routing import over_ranks, routing_metrics
 from unimoe_ray.training.stages import make_trainable, merge_lora, start_model
@@ -56,7 +55,8 @@ def train(job: Job) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     torch.set_num_threads(config.training.threads_per_worker)
     keep_freed_memory()
-    torch.manual_seed(_seed(config, job))
+    seed = run_seed(config, job.stage, job.run)
+    torch.manual_seed(seed)
     device = pick_device(config.training)
     states = Folder(job.states)
     state, passed_over = restore.find(states, job.decides)
@@ -72,18 +72,9 @@ def train(job: Job) -> None:
         restore.load(mover.engine, state)
     saver = Saver(states, config.checkpoint, label=job.label, steps=run.steps, decides=job.decides, start=state)
 
-    mixture = Mixture.build(job.tasks, SampleTable(Path(job.source.samples)).by_task(), job.source.spans)
-    plan = planned_micro_batches(
-        job.source,
-        mixture,
-        steps=run.steps,
-        batch_size=run.batch_size,
-        seed=_seed(config, job),
-        rank=rank,
-        world=world,
-        max_tokens=config.training.max_tokens_per_micro_batch,
-    )
-    dataset = rank_dataset(job.source, plan[done:], config.data.steps_per_block)
+    order = order_of(config, job.stage, job.run, job.tasks)
+    layout = Layout(rank, world, config.training.max_tokens_per_micro_batch)
+    dataset = rank_dataset(job.source, order, layout, config.data.steps_per_block, first_step=done)
     steps = iterate_steps(dataset, config.data.prefetch)
     validation = _plan_validation(config, job, rank, world)
     record = RunRecord(config, job.label, done) if rank == 0 else None
@@ -91,9 +82,9 @@ def train(job: Job) -> None:
         record.remark(done, text)
     for number in range(done, run.steps):
         started = time.perf_counter()
-        step = replace(next(steps), number=number)
+        step = next(steps)
         waited = time.perf_counter() - started
-        seed_step(_seed(config, job), number, rank)
+        seed_step(seed, number, rank)
         metrics, routing = train_step(mover.engine, step, run, config, device)
         metrics |= {"data_wait_s": round(waited, 4), "seconds": round(time.perf_counter() - started, 4)}
         metrics["tokens_per_s"] = round(metrics["tokens"] / max(metrics["seconds"], 1e-9), 1)
@@ -201,8 +192,3 @@ def _token_counts(micro_batches: list[Arrays]) -> Counter:
         for kind, placeholder in PLACEHOLDER_IDS.items():
             counts[kind] += int((ids == placeholder).sum())
     return counts
-
-
-def _seed(config: Config, job: Job) -> int:
-    """A seed of this run's own, the same on every rank."""
-    return config.seed * 1000 + sum(map(ord, job.label))
