@@ -39,8 +39,13 @@ SHAPES = {
     "embed.weight": (7, 5),
     "connectors.image.scale": (),
     **{f"layers.{layer}.gate": (EXPERTS, 4) for layer in range(LAYERS)},
-    **{f"layers.{layer}.experts.{e}.{n}": s for layer in range(LAYERS) for e in range(EXPERTS) for n, s in (("up", (3, 4)), ("down", (4, 3)))},
-}  # fmt: skip
+    **{
+        f"layers.{layer}.experts.{expert}.{name}": shape
+        for layer in range(LAYERS)
+        for expert in range(EXPERTS)
+        for name, shape in (("up", (3, 4)), ("down", (4, 3)))
+    },
+}
 ONE = World(1, 1, [[[0, 1, 2]]] * LAYERS)
 TWO = World(2, 2, [[[0, 2], [1]], [[], [0, 1, 2]]])
 
