@@ -24,7 +24,8 @@ ALLOWED = {
     "towers": {"config", "model", "mini"},
     "llama": {"model", "mini"},
     "parameter_table": {"config", "model", "data", "towers", "training"},
-    "training": {"config", "model", "parallel", "data", "llama"},
+    "checkpoint": {"config", "parallel", "data"},
+    "training": {"config", "model", "parallel", "data", "llama", "checkpoint"},
     "evaluation": {"config", "model", "data", "training"},
     "inference": {"config", "model", "parallel", "data"},
     # Its processor makes prompts of conversations, with our templates.
@@ -40,6 +41,7 @@ FORBIDDEN_OUTSIDE = {
     "config": {"torch", "ray", "deepspeed", "transformers", "peft"},
     "model": {"ray", "deepspeed", "peft", "av", "soundfile", "onnx"},
     "data": {"deepspeed", "peft", "transformers"},
+    "checkpoint": {"ray", "deepspeed", "peft", "transformers"},
     "mini": {"deepspeed", "peft", "transformers"},
     "inference": {"ray", "deepspeed", "peft", "fastapi"},
     "kuberay": {"torch", "ray", "deepspeed", "transformers"},
