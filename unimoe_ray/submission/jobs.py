@@ -28,7 +28,9 @@ def list_jobs(arguments: argparse.Namespace) -> int:
     if not found:
         say("no job was submitted to this cluster")
         return 0
-    table = Table(*(Column(name, no_wrap=True) for name in ("id", "status", "started", "took", "runs")), box=SIMPLE_HEAD)
+    table = Table(
+        *(Column(name, no_wrap=True) for name in ("id", "status", "started", "took", "runs")), box=SIMPLE_HEAD
+    )
     for job in sorted(found, key=lambda job: -(job.start_time or 0)):
         started = date(job.start_time / 1000) if job.start_time else ""
         table.add_row(job.submission_id, _words(job), started, _took(job), job.entrypoint)

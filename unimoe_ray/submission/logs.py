@@ -84,14 +84,13 @@ def follow(
 async def _tail(client: JobSubmissionClient, job: str, log: Unseen, silence_s: float) -> None:
     """Until the job ends, the connection is lost, or nothing came for ``silence_s`` seconds."""
     log.start_again()
-    parts = client.tail_job_logs(job)
-    try:
+    async with contextlib.aclosing(client.tail_job_logs(job)) as parts:
         while True:
-            log.add(await asyncio.wait_for(anext(parts), silence_s))
-    except StopAsyncIteration:
-        return
-    finally:
-        await parts.aclose()
+            async with asyncio.timeout(silence_s):
+                part = await anext(parts, None)
+            if part is None:
+                return
+            log.add(part)
 
 
 def _whole(client: Client, job: str) -> str:
