@@ -31,6 +31,7 @@ ALLOWED = {
     # Its processor makes prompts of conversations, with our templates.
     "interop": {"config", "model", "data"},
     "kuberay": {"config", "parallel", "parameter_table"},
+    "submission": {"config", "data", "report"},
     "progress": set(),
     "report": set(),
     "doctor": set(),
@@ -45,6 +46,7 @@ FORBIDDEN_OUTSIDE = {
     "mini": {"deepspeed", "peft", "transformers"},
     "inference": {"ray", "deepspeed", "peft", "fastapi"},
     "kuberay": {"torch", "ray", "deepspeed", "transformers"},
+    "submission": {"torch", "deepspeed", "transformers", "peft"},
     "progress": {"torch", "ray", "deepspeed", "transformers"},
     "report": {"torch", "ray", "deepspeed", "transformers"},
     "errors": {"torch", "ray", "deepspeed", "transformers"},
