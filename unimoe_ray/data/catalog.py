@@ -29,6 +29,7 @@ CREATE TABLE bad (number INTEGER PRIMARY KEY, split TEXT, file TEXT, place TEXT,
 BEGIN;
 """
 PAGE = 1000
+UNMARKED = "tokens IS NULL AND fault IS NULL"
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,18 @@ class Catalog:
         ):
             yield {"split": split, "id": id, "reason": reason, "file": file, "where": place}
 
-    def count(self, table: str) -> int:
-        """Rows of ``samples``, ``media`` or ``bad``."""
-        return self._one(f"SELECT COUNT(*) FROM {table}", ())[0]
+    def missing(self, kind: str, page: int = PAGE) -> Iterator[list[tuple[str, list[str]]]]:
+        """Content key and paths of the media of one kind that are not marked, some at a time, in the order of use."""
+        rows = self.db.execute(
+            f"SELECT name, paths FROM media WHERE {UNMARKED} AND substr(name, 1, ?) = ? ORDER BY number",
+            (len(kind) + 1, f"{kind}/"),
+        )
+        while part := rows.fetchmany(page):
+            yield [(name.partition("/")[2], json.loads(paths)) for name, paths in part]
+
+    def count(self, table: str, which: str = "TRUE") -> int:
+        """Rows of ``samples``, ``media`` or ``bad``; of media also the ``UNMARKED``."""
+        return self._one(f"SELECT COUNT(*) FROM {table} WHERE {which}", ())[0]
 
     def repeats(self, most: int) -> tuple[int, list[Repeat]]:
         """How many samples repeat an earlier one, in any split, and the most frequent of them."""
