@@ -170,7 +170,7 @@ def encode_missing(
             time.sleep(1)
             continue
         waiting, done = False, 0
-        count = _write_todo(catalog, folders, settings, scratch)
+        count = write_todo(catalog, folders, settings, scratch)
         for result in _run(EncodeBlock, (settings, str(scratch.resolve()), job, since), settings, count, workers):
             for row in result.to_pylist():
                 name = f"{row['modality']}/{row['key']}"
@@ -212,7 +212,7 @@ def _left_to_others(catalog: Catalog, folders: dict[str, Path]) -> bool:
     return True
 
 
-def _write_todo(catalog: Catalog, folders: dict[str, Path], settings: EncodeSettings, path: Path) -> int:
+def write_todo(catalog: Catalog, folders: dict[str, Path], settings: EncodeSettings, path: Path) -> int:
     """A record batch for each block to encode. Returns how many."""
     count = 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _TODO) as file:
