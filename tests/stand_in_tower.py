@@ -1,17 +1,24 @@
-"""A tower without weights whose features tell the file apart, and which notes everything that it encodes."""
+"""A tower without weights whose features tell the file apart, and which notes everything that it encodes; pictures for
+it, and their preparation."""
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from tests.tiny import tiny_config
+from unimoe_ray.config.data import SourceConfig
+from unimoe_ray.data import prepare as preparing
+from unimoe_ray.data.encode import EncodeSettings
 from unimoe_ray.model.features import Features
 
 
@@ -59,3 +66,26 @@ def pictures(folder: Path, count: int, first: int = 0) -> list[Path]:
         pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(paths[-1])
     return paths
+
+
+class StandInJob:
+    """A preparation of pictures."""
+
+    def __init__(self, root: Path, name: str, paths: list[Path], seconds: float = 0.0):
+        self.config = tiny_config(root, name=name, data={"encode_batch": 8})
+        self.records, self.log, self.said = root / f"{name}.json", root / "log", []
+        turns = [{"from": "human", "value": "<image> x?"}, {"from": "gpt", "value": "yes"}]
+        self.records.write_text(
+            json.dumps([{"id": p.stem, "task": "look", "image": str(p), "conversations": turns} for p in paths])
+        )
+        tower = partial(StandInTower, self.log, seconds)
+        self.settings = EncodeSettings(
+            str(root / "features"), {"image": "tower"}, 2, self.config.data, lambda _: tower()
+        )
+        self.folder = self.settings.partition("image")
+
+    def prepare(self, workers: int = 1) -> preparing.Prepared:
+        sources = [SourceConfig(path=str(self.records))]
+        return preparing.prepare(
+            self.config, sources, self.settings, lambda _, n: sum(n), workers, lambda *_: None, self.said.append
+        )
