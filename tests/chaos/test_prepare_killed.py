@@ -1,5 +1,6 @@
 """The preparing process and all that it started, killed at random moments: the store is as if nothing had happened."""
 
+import contextlib
 import random
 import subprocess
 import sys
@@ -31,10 +32,8 @@ def begin(folder: Path, seconds: float) -> psutil.Popen:
 def kill_all(process: psutil.Popen) -> None:
     """kill -9 of the process and of everything below it."""
     for each in [process, *process.children(recursive=True)]:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()
-        except psutil.NoSuchProcess:
-            pass
     process.wait()
 
 
