@@ -76,6 +76,8 @@ def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
         frames=config.model.video.frames,
         data=config.data,
         load_tower=partial(load_tower, config),
+        threads=cluster.decoders(config),
+        gpu=cluster.uses_gpu(config),
     )
     connectors = {
         m: build_connector(m, dims[m], 1, config.model.connector_of(m), config.model.video) for m in MODALITIES
@@ -88,6 +90,7 @@ def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
         lambda kind, lengths: connectors[kind].soft_tokens(lengths),
         cluster.workers(config),
         progress.count,
+        progress.message,
     )
     total = sum(sum(tasks.values()) for tasks in result.samples.values())
     progress.message(
