@@ -25,7 +25,7 @@ ALLOWED = {
     "llama": {"model", "mini"},
     "parameter_table": {"config", "model", "data", "towers", "training"},
     "training": {"config", "model", "parallel", "data", "llama"},
-    "evaluation": {"config", "model", "data", "training"},
+    "evaluation": {"config", "model", "data", "towers", "training", "inference"},
     "inference": {"config", "model", "parallel", "data"},
     # Its processor makes prompts of conversations, with our templates.
     "interop": {"config", "model", "data"},
