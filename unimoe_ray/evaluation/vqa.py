@@ -55,8 +55,10 @@ def textvqa_accuracy(answer: str, references: Sequence[str]) -> float:
 
 
 def matches(answer: str, references: Sequence[str], normalised: Callable[[str], str] = normalise) -> bool:
-    """Exact match with any of the references, after normalisation and in lower case."""
-    return normalised(answer.lower()) in {normalised(reference.lower()) for reference in references}
+    """Exact match with any of the references, after normalisation and in lower case. What normalisation leaves nothing
+    of ("a", or no answer) matches nothing."""
+    given = normalised(answer.lower())
+    return bool(given) and given in {normalised(reference.lower()) for reference in references}
 
 
 def contains(answer: str, references: Sequence[str]) -> bool:
