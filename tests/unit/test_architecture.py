@@ -26,7 +26,7 @@ ALLOWED = {
     "parameter_table": {"config", "model", "data", "towers", "training"},
     "checkpoint": {"config", "parallel", "data"},
     "training": {"config", "model", "parallel", "data", "llama", "checkpoint"},
-    "evaluation": {"config", "model", "data", "training"},
+    "evaluation": {"config", "model", "data", "towers", "training", "inference"},
     "inference": {"config", "model", "parallel", "data"},
     # Its processor makes prompts of conversations, with our templates.
     "interop": {"config", "model", "data"},
