@@ -68,7 +68,7 @@ def _mixtral(folder: Path, experts: str):
     from transformers import MixtralForCausalLM
 
     logging.disable(logging.WARNING)
-    model = MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    model = MixtralForCausalLM.from_pretrained(folder / "mixtral", dtype=torch.float32, attn_implementation="sdpa").eval()
     model.set_experts_implementation(experts)
     return model
 
@@ -157,7 +157,7 @@ def vllm(folder: Path) -> Callable[[list[list[int]], int], Answer]:
     from vllm import LLM, SamplingParams
 
     engine = LLM(
-        str(folder),
+        str(folder / "mixtral"),
         skip_tokenizer_init=True,
         dtype="float32",
         enforce_eager=True,
