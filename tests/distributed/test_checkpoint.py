@@ -70,7 +70,7 @@ def ride(rank: int, world: int, settings: Model, leg: Leg, start: int, out: Path
 
 
 def check(settings: Model, legs: list[Leg], out: Path) -> None:
-    expected, start, losses, steps = reference(settings), 0, [], []
+    expected, start, losses = reference(settings), 0, []
     for leg in legs:
         run_world(leg.world, partial(ride, settings=settings, leg=leg, start=start, out=out))
         ranks = [torch.load(out / f"{leg.stop}-{rank}.pt", weights_only=True) for rank in range(leg.world)]

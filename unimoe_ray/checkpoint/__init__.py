@@ -5,7 +5,7 @@
         part-00001-of-00002.safetensors
         manifest.json                       written last: with it, and only with it, the state counts
 
-Every rank writes what it has, by parameter names with global expert ids, and reads what it needs. The format is our own:
-``torch.distributed.checkpoint`` keeps its index in a pickle or (``HuggingFaceStorageWriter``) keeps none, has no
-checksums, takes no pieces of flattened parameters, and agrees on every save by collectives, which hang when a rank dies.
+Every rank writes what it has, by parameter names with global expert ids, and reads what it needs. The format is our
+own: ``torch.distributed.checkpoint`` keeps its index in a pickle, or none (``HuggingFaceStorageWriter``), has no
+checksums, takes no pieces of flattened parameters, and agrees on each save by collectives, which hang when a rank dies.
 """

@@ -18,6 +18,7 @@ from unimoe_ray.data.locations import is_url, reason
 from unimoe_ray.errors import UnimoeError, UsageError
 
 _NAME = re.compile(r"step-(\d{8,})-[0-9a-f]{6}")
+_LONG = 50
 # (steps of committed states, ascending; validation losses by step, where there was one; policy): {step: why it is kept}
 Policy = Callable[[Sequence[int], Mapping[int, float], CheckpointConfig], dict[int, list[str]]]
 
@@ -104,7 +105,7 @@ def strangers(state: State) -> list[str]:
 
 
 def _damage_or(error: OSError, name: str) -> DamagedError:
-    """A disk that can't read a file is a damage. A storage that can't be reached is none: it may be there again soon."""
+    """A file that its disk can't read is damaged. A storage that can't be reached is not: it may be back soon."""
     if error.errno in (errno.EIO, errno.EISDIR, errno.ENOTDIR):
         return DamagedError(f"{name} can't be read: {reason(error)}")
     raise error
@@ -164,19 +165,20 @@ def _newest(folder: Folder) -> State | None:
 
 
 def check_same_run(state: State, decides: dict[str, Any]) -> None:
-    """Raises UsageError naming the first setting in which a state differs from the run that would go on from it."""
+    """Raises UsageError naming a setting in which a state differs from the run that would go on from it."""
     before = state.manifest.decides
-    for key in sorted(before.keys() | decides.keys()):
-        if before.get(key) != decides.get(key):
-            old, new = (_shown(tree.get(key)) for tree in (before, decides))
-            change = f"{key} {old}, now it is {new}" if old and new else f"another {key} than now"
-            raise UsageError(
-                f"{state.folder.location}: the state of step {state.step} was made with {change}; go on with the "
-                f"former, or remove the folder of this run's states to train anew"
-            )
+    changed = [(key, before.get(key), decides.get(key)) for key in sorted(before.keys() | decides.keys())]
+    changed = [(key, old, new) for key, old, new in changed if old != new]
+    if not changed:
+        return
+    # Hashes say less than settings, and change with them.
+    key, old, new = min(changed, key=lambda change: any(len(str(value)) > _LONG for value in change[1:]))
+    what = f"another {key}" if len(f"{old}{new}") > 2 * _LONG else f"{key}={_shown(old)}, now it is {_shown(new)}"
+    raise UsageError(
+        f"{state.folder.location}: the state of step {state.step} was made with {what}; go on with the former, or "
+        f"remove {state.folder.location.rpartition('/')[0]} to train anew"
+    )
 
 
 def _shown(value: Any) -> str:
-    """Nothing for hashes and whatever says as little."""
-    text = "none" if value is None else str(value)
-    return "" if len(text) > 40 else text
+    return "none" if value is None else str(value)

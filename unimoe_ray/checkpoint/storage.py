@@ -1,4 +1,4 @@
-"""Folders of files on a disk or behind any URL that fsspec or pyarrow reads, written so that a crash leaves nothing half."""
+"""Folders of files, on a disk or behind a URL that fsspec or pyarrow reads. A crash leaves no file half written."""
 
 from __future__ import annotations
 

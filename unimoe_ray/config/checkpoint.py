@@ -20,6 +20,6 @@ class CheckpointConfig(Strict):
     )
     location: Annotated[str, Field(min_length=1)] | None = Field(
         None,
-        description="a folder or URL (s3://, gs://, ...) for one folder per run; if not given, states/ of the run folder",
+        description="folder or URL (s3://, gs://, ...) of the folders of runs; if not given, states/ of the run folder",
     )
     on_error: Literal["warn", "stop"] = Field("warn", description="when a state can't be written")

@@ -25,9 +25,7 @@ from unimoe_ray.config.model import PLACEHOLDER_IDS, TOKEN_KINDS
 from unimoe_ray.config.training import TrainRun
 from unimoe_ray.data import prepare
 from unimoe_ray.data.batch import Arrays
-from unimoe_ray.data.loader import Step, iterate_steps, planned_micro_batches, rank_dataset
-from unimoe_ray.data.plan import Mixture
-from unimoe_ray.data.samples import SampleTable
+from unimoe_ray.data.loader import Layout, Step, iterate_steps, rank_dataset
 from unimoe_ray.model.language import mixtures
 from unimoe_ray.model.routing import RoutingSums
 from unimoe_ray.model.unimoe import to_batch
@@ -45,6 +43,7 @@ from unimoe_ray.training.expert_placement import ExpertMover, collect_experts, p
 from unimoe_ray.training.guard import BadStep, Guard
 from unimoe_ray.training.interrupt import PlannedRestart
 from unimoe_ray.training.job import Job
+from unimoe_ray.training.recipe import order_of, run_seed
 from unimoe_ray.training.record import RunRecord
 from unimoe_ray.training.routing import over_ranks, routing_metrics
 from unimoe_ray.training.stages import make_trainable, merge_lora, start_model
@@ -59,7 +58,8 @@ def train(job: Job) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     torch.set_num_threads(config.training.threads_per_worker)
     keep_freed_memory()
-    torch.manual_seed(_seed(config, job))
+    seed = run_seed(config, job.stage, job.run)
+    torch.manual_seed(seed)
     device = pick_device(config.training)
     states = Folder(job.states)
     state, passed_over = restore.find(states, job.decides)
@@ -75,18 +75,9 @@ def train(job: Job) -> None:
         restore.load(mover.engine, state)
     saver = Saver(states, config.checkpoint, label=job.label, steps=run.steps, decides=job.decides, start=state)
 
-    mixture = Mixture.build(job.tasks, SampleTable(Path(job.source.samples)).by_task(), job.source.spans)
-    plan = planned_micro_batches(
-        job.source,
-        mixture,
-        steps=run.steps,
-        batch_size=run.batch_size,
-        seed=_seed(config, job),
-        rank=rank,
-        world=world,
-        max_tokens=config.training.max_tokens_per_micro_batch,
-    )
-    dataset = rank_dataset(job.source, plan[done:], config.data.steps_per_block)
+    order = order_of(config, job.stage, job.run, job.tasks)
+    layout = Layout(rank, world, config.training.max_tokens_per_micro_batch)
+    dataset = rank_dataset(job.source, order, layout, config.data.steps_per_block, first_step=done)
     steps = iterate_steps(dataset, config.data.prefetch)
     validation = _plan_validation(config, job, rank, world)
     guard = Guard.of_run(config, job.label, done)
@@ -96,9 +87,9 @@ def train(job: Job) -> None:
     recovery.mark("restored")
     for number in range(done, run.steps):
         started = time.perf_counter()
-        step = replace(next(steps), number=number)
+        step = next(steps)
         waited = time.perf_counter() - started
-        seed_step(_seed(config, job), number, rank)
+        seed_step(seed, number, rank)
         try:
             metrics, routing, stop = train_step(mover.engine, step, run, config, device, guard)
         except BadStep as bad:
@@ -133,7 +124,7 @@ def train(job: Job) -> None:
         final = replace(info, sparse=bool(mixtures(model)))
         save_model(Path(job.folder), model, final, Path(job.tokenizer), job.recipe)
     dist.barrier()
-    saver.finish()
+    _told(record, saver.finish())
     ray.train.report(metrics)
 
 
@@ -146,9 +137,9 @@ def seed_step(seed: int, number: int, rank: int) -> None:
     torch.manual_seed(int(drawn))
 
 
-def _told(record: RunRecord, outcome: Outcome | None) -> dict[str, Any]:
+def _told(record: RunRecord | None, outcome: Outcome | None) -> dict[str, Any]:
     """For the metrics: what became of a state, which the user hears of if it was not written."""
-    if outcome is None:
+    if outcome is None or record is None:
         return {}
     if outcome.error:
         record.remark(outcome.step, f"the state of this step was not written: {outcome.error}")
@@ -220,8 +211,3 @@ def _token_counts(micro_batches: list[Arrays]) -> Counter:
         for kind, placeholder in PLACEHOLDER_IDS.items():
             counts[kind] += int((ids == placeholder).sum())
     return counts
-
-
-def _seed(config: Config, job: Job) -> int:
-    """A seed of this run's own, the same on every rank."""
-    return config.seed * 1000 + sum(map(ord, job.label))

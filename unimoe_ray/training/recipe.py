@@ -1,4 +1,4 @@
-"""What decides what a run learns: a model made by another recipe is trained again, a state of another is not gone on from."""
+"""What decides what a run learns. A model of another recipe is trained again; a state of another is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from unimoe_ray.config import Config
-from unimoe_ray.data.samples import Source
+from unimoe_ray.data.plan import Order
+from unimoe_ray.data.samples import SampleTable, Source
 from unimoe_ray.training.checkpoint import ModelInfo
 from unimoe_ray.training.stages import parents
 
@@ -31,12 +32,28 @@ def decisive(
     earlier = zip(parents(config, stage), parts.pop("earlier"), strict=True)
     about = parts.pop("model")
     tree = parts | {"model": about.pop("model"), "model of": about, "tasks with samples": tasks}
-    weights = [[span.first, span.weight] for span in source.spans]
     return (
         dict(_leaves(tree))
-        | {"weights of data.sources": weights}
         | {f"model of {before}/{name}": made_by for (before, name), made_by in earlier}
+        | {"data plan": _last_samples(order_of(config, stage, run, tasks), source)}
     )
+
+
+def order_of(config: Config, stage: str, run: str, tasks: dict[str, float]) -> Order:
+    """What decides the samples of every step of a run."""
+    settings = getattr(config.stages, stage)[run]
+    return Order(tuple(tasks.items()), settings.steps, settings.batch_size, run_seed(config, stage, run))
+
+
+def run_seed(config: Config, stage: str, run: str) -> int:
+    """A seed of the run's own, the same on every rank."""
+    return config.seed * 1000 + sum(map(ord, stage if stage == run else f"{stage}/{run}"))
+
+
+def _last_samples(order: Order, source: Source) -> str:
+    """A hash of the samples of the last step: they are others if those of any step are."""
+    samples = order.plan(SampleTable(Path(source.samples)), source.spans).samples(order.steps - 1)
+    return hashlib.sha256(samples.astype("<i8").tobytes()).hexdigest()
 
 
 def _parts(config: Config, stage: str, run: str, info: ModelInfo, source: Source) -> dict[str, Any]:
