@@ -6,9 +6,11 @@ code under test knows nothing of them. Each happens once, however often its step
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from ray.train.v2._internal.execution.callback import WorkerCallback
 
+from unimoe_ray.training import interrupt
+
 FILE = "UNIMOE_TEST_FAULTS"
+WAIT_S = 180.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,25 @@ def explode_at(step: int) -> Fault:
     return Fault("explode", None, step)
 
 
+def hold_at(step: int) -> Fault:
+    """Workers wait for ``let_go``, for something else to be done at that moment."""
+    return Fault("hold", None, step)
+
+
+def let_go(folder: Path, step: int) -> None:
+    (folder / f"go-{step}").touch()
+
+
+def wait_at(step: int) -> Fault:
+    """Workers wait until they are asked to save and stop."""
+    return Fault("wait", None, step)
+
+
+def slow_storage(seconds: float) -> Fault:
+    """Writing a worker's part of a state takes so much longer."""
+    return Fault("slow_storage", seconds=seconds)
+
+
 def pace(seconds: float) -> Fault:
     """Every step takes longer by so much, for others to happen in time."""
     return Fault("pace", seconds=seconds)
@@ -83,6 +108,45 @@ def injected(folder: Path, *faults: Fault) -> Iterator[None]:
             del os.environ[name]
 
 
+def corrupt_shard(states: Path) -> Path:
+    """One byte of the newest state, flipped; the file."""
+    newest = max(path.parent for path in states.glob("step-*/manifest.json"))
+    part = min(newest.glob("*.safetensors"))
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    return part
+
+
+@contextmanager
+def small_disk(folder: Path, bytes_: int) -> Iterator[Path]:
+    """A file system of its own, in memory. Skips the test where none may be mounted."""
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={bytes_}", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill_disk(folder: Path) -> None:
+    """No byte is left."""
+    try:
+        with open(folder / "filler", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+    except OSError as error:
+        assert error.errno == errno.ENOSPC
+
+
+def make_read_only(folder: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+
+
 def happened(folder: Path) -> list[str]:
     """Names of the faults that happened: ``kill-1-5``."""
     return sorted(path.stem for path in folder.glob("*.happened"))
@@ -96,9 +160,12 @@ class Injector(WorkerCallback):
         self._folder, self._faults = path.parent, [Fault(**fault) for fault in json.loads(path.read_text())]
 
     def after_init_train_context(self) -> None:
+        from unimoe_ray.checkpoint import saver
         from unimoe_ray.training import loop
 
         loop.train_step = self._around(loop.train_step)
+        if slow := [fault.seconds for fault in self._faults if fault.kind == "slow_storage"]:
+            saver.write_part = _slower(saver.write_part, slow[0])
 
     def _around(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
         import ray.train
@@ -116,7 +183,7 @@ class Injector(WorkerCallback):
                 if fault.kind == "pace":
                     time.sleep(fault.seconds)
                 elif step.number + 1 == fault.step and self._first_time(fault, rank):
-                    _happen(fault, engine, step)
+                    _happen(fault, engine, self._folder)
             return train_step(engine, step, *given)
 
         return step_with_faults
@@ -130,7 +197,26 @@ class Injector(WorkerCallback):
         return True
 
 
-def _happen(fault: Fault, engine, step) -> None:
+def _slower(write: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    def write_slowly(*given):
+        time.sleep(seconds)
+        return write(*given)
+
+    return write_slowly
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _happen(fault: Fault, engine, folder: Path) -> None:
+    if fault.kind == "hold":
+        _until((folder / f"go-{fault.step}").exists)
+    if fault.kind == "wait":
+        _until(lambda: any(interrupt.requested()))
     if fault.kind == "fail":
         raise ValueError(f"injected into step {fault.step}")
     if fault.kind == "kill":

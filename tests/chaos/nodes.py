@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import psutil
 import ray
 from ray.cluster_utils import Cluster
-
-from tests.chaos import runs
-from tests.tiny import TinyRun
 
 
 @dataclass
@@ -50,24 +47,3 @@ def cluster_of(workers: int) -> Iterator[Nodes]:
     finally:
         ray.shutdown()
         cluster.shutdown()
-
-
-def at(run: TinyRun, *actions: tuple[Callable[[dict], bool], Callable[[], None]]) -> Callable[[], None]:
-    """For ``runs.train(follow=...)``: each action is done once the last line of the metrics meets its condition, one
-    after another."""
-    left = list(actions)
-
-    def follow() -> None:
-        found = runs.lines(run)
-        if left and found and left[0][0](found[-1]):
-            left.pop(0)[1]()
-
-    return follow
-
-
-def kill_node_at(step: int, nodes: Nodes, world: int) -> tuple:
-    return (lambda line: line["step"] >= step and line["world"] == world), nodes.kill
-
-
-def add_node_at(step: int, nodes: Nodes, world: int) -> tuple:
-    return (lambda line: line["step"] >= step and line["world"] == world), nodes.add
