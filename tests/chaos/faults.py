@@ -78,9 +78,9 @@ def let_go(folder: Path, step: int) -> None:
     (folder / f"go-{step}").touch()
 
 
-def wait_at(step: int) -> Fault:
+def wait_at(step: int, run: str | None = None) -> Fault:
     """Workers wait until they are asked to save and stop."""
-    return Fault("wait", None, step)
+    return Fault("wait", None, step, run)
 
 
 def slow_storage(seconds: float) -> Fault:

@@ -23,10 +23,10 @@ OPTIMIZER = {"eps": 1e-6}
 ELASTIC = {"grow_after": 1.0, "hang_timeout": 8.0, "start_timeout": 30.0}
 
 
-def make_run(root: Path, steps: int = 12, every: int = 4, **training) -> TinyRun:
+def make_run(root: Path, steps: int = 12, every: int = 4, model: dict | None = None) -> TinyRun:
     """Ready for stage 3, of so many steps; ``every``: steps between two states."""
-    settings = {"optimizer": OPTIMIZER, "elastic": ELASTIC | training.pop("elastic", {})} | training
-    run = make_tiny_run(root, training=settings, checkpoint={"every": every})
+    settings = {"optimizer": OPTIMIZER, "elastic": ELASTIC}
+    run = make_tiny_run(root, training=settings, checkpoint={"every": every}, model=model or {})
     run.config.stages.tune["tune"].steps = steps
     source = prepare.source(run.config, "train")
     for name in run.config.stages.experts:
