@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 CHECK_S = 0.5
 # After workers ended, what they used is free again within a second or two; what is still missing then is in use.
-PATIENCE_S = 10.0
+PATIENCE_S = 20.0
 # A run gives workers up for another one that has none, or for a node that leaves, after this time: not for a flicker.
 SHRINK_AFTER_S = 5.0
 
