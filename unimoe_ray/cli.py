@@ -132,8 +132,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=_doctor)
 
+    from unimoe_ray.checkpoint import commands as checkpoint
     from unimoe_ray.kuberay import commands as kubernetes
 
+    checkpoint.add_to(commands)
     kubernetes.add_to(commands)
     return parser
 

@@ -104,6 +104,8 @@ class Saver:
         self._buffer = torch.empty(0)
         self._writing: Future[Outcome] | None = None
         self._last_step = 0
+        # Rank 0's. What was there before may go; what came since is other ranks' next state, or another attempt's.
+        self._left = {name for name in folder.names() if step_of(name) is not None} if self._rank == 0 else set()
         self._told: str | None = None
         self._committed: dict[int, tuple[str, float | None]] | None = None
 
@@ -290,10 +292,10 @@ class Saver:
         why = policy(sorted(known), validations, self._policy)
         self._committed = {step: known[step] for step in known if step in why}
         wanted = {name for name, _ in self._committed.values()}
-        for name in self._folder.names():
-            if step_of(name) is not None and name not in wanted:
-                remove_state(self._folder / name)
-        if not wanted:
+        for name in (self._left | {name for name, _ in known.values()}) - wanted:
+            remove_state(self._folder / name)
+        self._left &= wanted
+        if not self._folder.names():
             self._folder.remove()
 
 
