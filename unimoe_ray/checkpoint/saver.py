@@ -232,7 +232,6 @@ class Saver:
             )
             try:
                 folder.put(MANIFEST, manifest.dump())
-                self._remember(State(folder, manifest))
             except OSError as error:
                 errors.append(f"{folder.location}: {reason(error)}")
         done = replace(begun, commit_s=time.perf_counter() - started)
@@ -240,6 +239,7 @@ class Saver:
             self._discard(folder)
             done = replace(done, error=errors[0])
         else:
+            self._remember(State(folder, manifest))
             done = replace(done, bytes=manifest.bytes, write_s=max(note["seconds"] for note in notes))
         for key in [*keys, *([self._told] if self._told else [])]:
             self._store.delete_key(key)
@@ -269,8 +269,8 @@ class Saver:
 
     def _remember(self, state: State) -> None:
         """A state that was committed just now. Those that need not be kept go."""
-        self._known()[state.step] = state.folder.name, state.manifest.validation
         try:
+            self._known()[state.step] = state.folder.name, state.manifest.validation
             self._keep(kept)
         except OSError as error:
             log.warning("%s: old states are left there: %s", self._folder.location, reason(error))
@@ -279,11 +279,11 @@ class Saver:
         """Name and validation loss by step, of the states of this run that count. Those after the start are of an
         attempt that went another way, or damaged."""
         if self._committed is None:
-            self._committed = {}
-            if (start := self._start) is not None:
-                for found in newest_first(self._folder):
-                    if isinstance(found, State) and (found.step < start.step or found.folder == start.folder):
-                        self._committed.setdefault(found.step, (found.folder.name, found.manifest.validation))
+            start, committed = self._start, {}
+            for found in newest_first(self._folder) if start is not None else ():
+                if isinstance(found, State) and (found.step < start.step or found.folder == start.folder):
+                    committed.setdefault(found.step, (found.folder.name, found.manifest.validation))
+            self._committed = committed
         return self._committed
 
     def _keep(self, policy: Policy) -> None:
