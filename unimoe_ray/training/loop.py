@@ -19,7 +19,7 @@ from unimoe_ray.config.model import PLACEHOLDER_IDS, TOKEN_KINDS
 from unimoe_ray.config.training import TrainRun
 from unimoe_ray.data import prepare
 from unimoe_ray.data.batch import Arrays
-from unimoe_ray.data.loader import Layout, Step, iterate_steps, rank_dataset
+from unimoe_ray.data.loader import Layout, Step, iterate_steps, rank_dataset, total_steps
 from unimoe_ray.data.plan import Order
 from unimoe_ray.model.language import mixtures
 from unimoe_ray.model.routing import RoutingSums
@@ -59,8 +59,11 @@ def train(job: Job) -> None:
     make_engine = partial(initialize, model, groups, config.training, run.weight_decay, device)
     mover = ExpertMover(ranks, config, make_engine)
 
-    order = Order(tuple(job.tasks.items()), run.steps, run.batch_size, _seed(config, job))
-    layout = Layout(rank, world, config.training.max_tokens_per_micro_batch)
+    tasks = tuple(job.tasks.items())
+    order = Order(tasks, run.batch_size, _seed(config, job), run.steps, run.epochs, run.temperature)
+    run = run.model_copy(update={"steps": total_steps(job.source, order), "epochs": None})
+    training = config.training
+    layout = Layout(rank, world, training.max_tokens_per_micro_batch, training.packed_row_tokens or 0)
     dataset = rank_dataset(job.source, order, layout, config.data.steps_per_block)
     steps = iterate_steps(dataset, config.data.prefetch)
     validation = _plan_validation(config, job, rank, world)
