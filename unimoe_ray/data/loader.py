@@ -12,8 +12,9 @@ import pyarrow as pa
 import ray
 from ray.data import Dataset
 
-from unimoe_ray.data.batch import Arrays, collate, from_bytes, to_bytes
-from unimoe_ray.data.plan import Order, Plan, split_step
+from unimoe_ray.data.batch import Arrays, collate, from_bytes, samples_in, to_bytes
+from unimoe_ray.data.layout import split_step
+from unimoe_ray.data.plan import Order, Plan
 from unimoe_ray.data.samples import SampleTable, Source, Span
 from unimoe_ray.data.store import FeatureStore, StoredFeatures
 
@@ -29,11 +30,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step's samples are laid out: one rank's part of them, in micro-batches of at most ``max_tokens``."""
+    """How a step's samples are laid out: one rank's part of them, in micro-batches of at most ``max_tokens``, in rows
+    of one sample each, or of several with up to ``row_tokens``."""
 
     rank: int
     world: int
     max_tokens: int
+    row_tokens: int = 0
+
+
+def total_steps(source: Source, order: Order) -> int:
+    return _planned(source.samples, source.spans, order)[1].steps
 
 
 def planned_micro_batches(
@@ -45,7 +52,8 @@ def planned_micro_batches(
     for step in steps:
         samples = plan.samples(step)
         lengths, groups = table.lengths[samples], table.groups[samples]
-        yield split_step(samples, lengths, groups, layout.world, layout.max_tokens)[layout.rank]
+        ranks = split_step(samples, lengths, groups, layout.world, layout.max_tokens, layout.row_tokens)
+        yield ranks[layout.rank]
 
 
 def rank_dataset(source: Source, order: Order, layout: Layout, steps_per_block: int, first_step: int = 0) -> Dataset:
@@ -54,7 +62,7 @@ def rank_dataset(source: Source, order: Order, layout: Layout, steps_per_block: 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    steps = order.steps - first_step
+    steps = total_steps(source, order) - first_step
     numbers = ray.data.range(steps, override_num_blocks=-(-steps // steps_per_block))
     return numbers.map_batches(
         collate_planned,
@@ -77,7 +85,7 @@ def iterate_steps(dataset: Dataset, prefetch_blocks: int) -> Iterator[Step]:
                     yield Step(number, micro_batches, samples)
                 number, micro_batches, samples = step, [], 0
             micro_batches.append(from_bytes(table["payload"][row].as_py()))
-            samples += int(micro_batches[-1]["mask"].any(axis=1).sum())
+            samples += samples_in(micro_batches[-1])
     if number is not None:
         yield Step(number, micro_batches, samples)
 
@@ -89,7 +97,8 @@ def collate_planned(block: pa.Table, source: Source, order: Order, layout: Layou
     numbers, payloads = [], []
     for step, micro_batches in zip(steps, planned_micro_batches(source, order, layout, steps), strict=True):
         for rows in micro_batches:
-            arrays = collate([table.get(int(row)) for row in rows], lambda name: read_features(source, name))
+            prepared = [table.get(int(row)) for row in rows]
+            arrays = collate(prepared, lambda name: read_features(source, name), row_tokens=layout.row_tokens)
             payloads.append(to_bytes(arrays))
             numbers.append(step)
     return pa.table({"step": pa.array(numbers, pa.int64()), "payload": pa.array(payloads, pa.large_binary())})
