@@ -166,8 +166,10 @@ def _train_stage(config: Config, stage: str, progress: TrainProgress) -> None:
 
 
 def follow_runs(run_dir: Path, progress: TrainProgress) -> Callable[[Path, list[str]], None]:
-    """For ``run_stage``: shows the steps and the findings of its runs."""
-    lines, findings = (follow_metrics(run_dir / name) for name in ("metrics.jsonl", "findings.jsonl"))
+    """For ``run_stage``: shows the steps, the findings and the failures of its runs, a traceback once."""
+    files = ("metrics.jsonl", "findings.jsonl", "events.jsonl")
+    lines, findings, events = (follow_metrics(run_dir / name) for name in files)
+    shown: set[str] = set()
 
     def follow(_: Path, labels: list[str]) -> None:
         for line in lines():
@@ -176,6 +178,12 @@ def follow_runs(run_dir: Path, progress: TrainProgress) -> Callable[[Path, list[
         for finding in findings():
             if finding["run"] in labels:
                 progress.message(f"{finding['run']}, step {finding['step']}: {finding['text']}")
+        for event in events():
+            if event["run"] in labels and "text" in event:
+                progress.message(f"{event['run']}: {event['text']}")
+                if (traceback := event.get("traceback")) and traceback not in shown:
+                    shown.add(traceback)
+                    progress.message(traceback)
 
     return follow
 

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from unimoe_ray.config.base import Strict
+from unimoe_ray.config.elastic import ElasticConfig
 from unimoe_ray.config.model import MODALITIES
 
 STAGES = ("base", "align", "experts", "tune")
@@ -171,8 +172,9 @@ class TrainingConfig(Strict):
     """How the work is laid out over the cluster, and the engine's settings."""
 
     workers: int | Literal["auto"] = Field(
-        "auto", description="Ray Train workers of a stage; auto: one per GPU or core"
+        "auto", description="Ray Train workers of a stage, where there is room; auto: one per GPU or core"
     )
+    elastic: ElasticConfig = ElasticConfig()
     threads_per_worker: int = Field(1, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
