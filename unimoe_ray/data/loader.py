@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data import Dataset
+from ray.data import ActorPoolStrategy, Dataset
 
 from unimoe_ray.data.batch import Arrays, collate, from_bytes, to_bytes
 from unimoe_ray.data.plan import Mixture, split_step, step_samples
-from unimoe_ray.data.samples import SampleTable, Source
+from unimoe_ray.data.samples import PreparedSample, SampleTable, Source
 from unimoe_ray.data.store import FeatureStore, StoredFeatures
+from unimoe_ray.data.stream import Stream, streamer
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def rank_dataset(source: Source, plan: list[list[np.ndarray]], steps_per_block: 
         ]
         blocks.append(pa.Table.from_pylist(rows, schema=_PLANNED))
     return ray.data.from_arrow(blocks).map_batches(
-        collate_planned,
+        **({"fn": collate_planned} if source.stream is None else stream_actors(source.stream)),
         fn_kwargs={"source": source},
         batch_format="pyarrow",
         batch_size=None,
@@ -79,15 +81,43 @@ def iterate_steps(dataset: Dataset, prefetch_blocks: int) -> Iterator[Step]:
 def collate_planned(block: pa.Table, source: Source) -> pa.Table:
     """One block of planned micro-batches to their bytes; runs in a Ray Data task."""
     table = _table(source.samples)
-    payloads = [
-        to_bytes(collate([table.get(row) for row in rows], lambda name: read_features(source, name)))
-        for rows in block["samples"].to_pylist()
-    ]
+    payloads = []
+    for rows in block["samples"].to_pylist():
+        samples = [table.get(row) for row in rows]
+        payloads.append(to_bytes(collate(samples, features_of(source, samples))))
     return pa.table({"step": block["step"], "payload": pa.array(payloads, pa.large_binary())})
 
 
+def features_of(source: Source, samples: list[PreparedSample]) -> Callable[[str], StoredFeatures]:
+    """What ``collate`` reads the features of these samples with."""
+    if source.stream is None:
+        return partial(read_features, source)
+    return streamer(source.stream)(name for sample in samples for name in sample.media).__getitem__
+
+
+class StreamedCollate:
+    """``collate_planned`` in an actor, whose process keeps the towers."""
+
+    def __init__(self) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+
+    def __call__(self, block: pa.Table, **planned: Any) -> pa.Table:
+        return collate_planned(block, **planned)
+
+
+def stream_actors(stream: Stream) -> dict[str, Any]:
+    """For ``map_batches``: the pool of actors that encode and collate for one rank."""
+    data = stream.settings.data
+    pool = ActorPoolStrategy(min_size=1, max_size=data.stream_actors)
+    return {"fn": StreamedCollate, "compute": pool, "num_gpus": data.stream_gpus or None}
+
+
 def read_features(source: Source, name: str) -> StoredFeatures:
-    """Stored features of ``<kind>/<content key>``."""
+    """Features of ``<kind>/<content key>``."""
+    if source.stream is not None:
+        return streamer(source.stream)([name])[name]
     kind, key = name.split("/")
     return _store(source.partitions[kind]).get(key)
 
