@@ -106,8 +106,8 @@ def size_lines(sizes: list[StoreSize], settings: EncodeSettings, workers: int) -
         *lines,
         f"in all {kept:.3f} GB in {data.store_dtype}, {fits} data.store_max_gb={data.store_max_gb:g}; "
         f"data.features={data.features}: {mode}",
-        f"shapes and times are those of up to {SAMPLES} files of each kind; times: {workers} workers, each with a core of "
-        "this machine, no GPU",
+        f"shapes and times are those of up to {SAMPLES} files of each kind; times: {workers} workers, each on a core "
+        "of this machine, no GPU",
     ]
 
 
