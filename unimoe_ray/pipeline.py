@@ -25,6 +25,7 @@ from unimoe_ray.data.pretrained import load_pretrained_tokenizer
 from unimoe_ray.data.sources import absolute, sources_of
 from unimoe_ray.data.tokenizer import load_tokenizer
 from unimoe_ray.errors import UnimoeError
+from unimoe_ray.evaluation import benchmark as benchmarking
 from unimoe_ray.evaluation import evaluate as evaluating
 from unimoe_ray.evaluation.evaluate import Evaluation
 from unimoe_ray.llama import checkpoint_of
@@ -37,6 +38,8 @@ from unimoe_ray.tables import check_summary
 from unimoe_ray.towers import TOWERS, load_tower, load_towers, sketch_tower
 from unimoe_ray.training import checkpoint
 from unimoe_ray.training.checkpoint import ModelInfo
+
+SHOWN_FAULTS = 5  # questions without an answer that are named on the terminal
 
 
 @contextmanager
@@ -76,6 +79,8 @@ def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
         frames=config.model.video.frames,
         data=config.data,
         load_tower=partial(load_tower, config),
+        threads=cluster.decoders(config),
+        gpu=cluster.uses_gpu(config),
     )
     connectors = {
         m: build_connector(m, dims[m], 1, config.model.connector_of(m), config.model.video) for m in MODALITIES
@@ -88,6 +93,7 @@ def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
         lambda kind, lengths: connectors[kind].soft_tokens(lengths),
         cluster.workers(config),
         progress.count,
+        progress.message,
     )
     total = sum(sum(tasks.values()) for tasks in result.samples.values())
     progress.message(
@@ -233,6 +239,31 @@ def evaluate(
         on_progress=lambda done, total: progress.count("answering held-out questions", done, total),
         routing_file=routing_file,
     )
+
+
+def evaluate_benchmark(
+    config: Config, progress: TrainProgress, task: benchmarking.Task, *, stage: str | None = None
+) -> benchmarking.Result:
+    """Answers of the run's last finished model to a benchmark's questions, and their score."""
+    result = benchmarking.run_benchmark(
+        config,
+        evaluating.final_model(config, stage),
+        task,
+        workers=cluster.workers(config),
+        use_gpu=cluster.uses_gpu(config),
+        on_progress=lambda done, total: progress.count(f"answering {task.benchmark.title}", done, total),
+    )
+    progress.message(
+        f"{result.questions - len(result.unusable)} of {result.questions} questions answered "
+        f"({result.asked} asked now, {result.cut} answers cut off at {task.decoding.max_new_tokens} tokens)"
+    )
+    for fault in result.unusable[:SHOWN_FAULTS]:
+        progress.message(f"unusable: {fault['id']}: {fault['reason']}")
+    if len(result.unusable) > SHOWN_FAULTS:
+        progress.message(
+            f"... and {len(result.unusable) - SHOWN_FAULTS} more, all in {result.folder / 'unusable.jsonl'}"
+        )
+    return result
 
 
 def stamp(config: Config, seconds: float) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import tarfile
+import threading
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import soundfile
 from PIL import Image
 from pyarrow import parquet
 
+from tests.stand_in_tower import StandInJob, encodings, pictures, repeats
 from tests.tiny import tiny_config
 from unimoe_ray.config.data import SourceConfig
 from unimoe_ray.config.model import MODALITIES
@@ -26,6 +28,7 @@ from unimoe_ray.data.features import TOWER_OF, decode_media, encode_files
 from unimoe_ray.data.loader import read_features
 from unimoe_ray.data.samples import SampleTable
 from unimoe_ray.data.schema import parse_record
+from unimoe_ray.data.store import FeatureStore, blocks
 from unimoe_ray.model.connectors import build_connector
 from unimoe_ray.towers import load_tower, load_towers
 
@@ -209,3 +212,37 @@ def test_media_in_archives_cells_and_data_urls_are_read_by_the_actors(cluster, t
         assert media == rows[1].get(index).media
         for name in media:
             np.testing.assert_array_equal(read_features(found, name).values, read_features(other, name).values)
+
+
+def test_two_jobs_at_once_encode_everything_once(cluster, tmp_path):
+    paths = pictures(tmp_path / "pictures", 60)
+    jobs = [StandInJob(tmp_path, "one", paths[:45], 0.03), StandInJob(tmp_path, "two", paths[15:], 0.03)]
+    results: dict[str, preparing.Prepared] = {}
+    threads = [threading.Thread(target=lambda j=job: results.update({j.config.name: j.prepare()})) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [results[name].samples["train"] for name in ("one", "two")] == [{"look": 45}, {"look": 45}]
+    assert sum(result.encoded for result in results.values()) == len(FeatureStore(jobs[0].folder)) == 60
+    assert repeats(jobs[0].log) == 0 and min(result.encoded for result in results.values()) > 0
+
+
+def test_a_damaged_block_is_encoded_again_and_nothing_else(cluster, tmp_path):
+    job = StandInJob(tmp_path, "job", pictures(tmp_path / "pictures", 24))
+    first = job.prepare()
+    before = {path.name: path.read_bytes() for path in blocks(job.folder)}
+    assert (first.encoded, len(before), job.said) == (24, 3, [])
+    name = sorted(before)[1]
+    (job.folder / name).write_bytes(before[name][:1000])
+    assert job.prepare().encoded == repeats(job.log) == 8
+    (line,) = job.said
+    assert line.startswith(f"{job.folder / name}: damaged")
+    assert {path.name: len(path.read_bytes()) for path in blocks(job.folder)} == {n: len(b) for n, b in before.items()}
+    assert job.prepare().encoded == 0 and len(encodings(job.log)) == 24 + 8
+    # Damage that another job has mended since is noticed, too.
+    (job.folder / name).write_bytes(before[name][:1000])
+    other = StandInJob(tmp_path, "other", pictures(tmp_path / "pictures", 1))
+    again = other.prepare()
+    assert len(other.said) == 1
+    assert job.prepare().encoded == 8 - again.encoded and len(FeatureStore(job.folder)) == 24

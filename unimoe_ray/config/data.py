@@ -54,6 +54,7 @@ class DataConfig(Strict):
     max_seconds: float = Field(600.0, gt=0)
     max_bytes: int = Field(2**30, ge=1, description="of one media file, unpacked")
     encode_batch: int = Field(256, ge=1, description="media files per block of the encoding pipeline")
+    store_dtype: Literal["fp16", "fp32"] = Field("fp16", description="of features in the store")
     prefetch: int = Field(2, ge=0, description="blocks of micro-batches that Ray Data prepares ahead")
     steps_per_block: int = Field(16, ge=1, description="optimizer steps whose micro-batches make one block")
 

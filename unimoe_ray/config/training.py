@@ -171,3 +171,6 @@ class EvaluationConfig(Strict):
     batch_size: int = Field(64, ge=1)
     max_new_tokens: int = Field(16, ge=1)
     limit: int | None = Field(None, ge=1, description="answers per task; all if not given")
+    benchmarks: dict[str, str] = Field(
+        {}, description="published benchmarks that the evaluation job answers too: name to the folder of its files"
+    )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,8 @@ CREATE TABLE bad (number INTEGER PRIMARY KEY, split TEXT, file TEXT, place TEXT,
 BEGIN;
 """
 PAGE = 1000
+HASHERS = 8  # threads that read media; most of it, and SHA-256, is outside of Python's lock
+UNMARKED = "tokens IS NULL AND fault IS NULL"
 
 
 @dataclass(frozen=True)
@@ -53,17 +56,27 @@ class Catalog:
 
     def __init__(self, path: Path, max_bytes: int):
         self.path, self.max_bytes = path, max_bytes
+        self._hashing: dict[bytes, Future[str]] = {}
 
     def __enter__(self) -> Catalog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.unlink(missing_ok=True)
         self.db = sqlite3.connect(self.path, isolation_level=None)
         self.db.executescript(_SCHEMA)
+        self._hashers = ThreadPoolExecutor(HASHERS)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._hashers.shutdown(cancel_futures=True)
         self.db.close()
         self.path.unlink(missing_ok=True)
+
+    def begin(self, sample: Sample) -> None:
+        """Begin to read the media of a sample that will be added."""
+        for item in sample.media:
+            which = _digest(item.paths)
+            if which not in self._hashing and self._one("SELECT 1 FROM keys WHERE paths = ?", (which,)) is None:
+                self._hashing[which] = self._hashers.submit(content_key, item.paths, self.max_bytes)
 
     def add(self, split: str, placed: Placed) -> None:
         """Keep a sample. Raises BadMedia for a file that can't be read, BadSample for a record that is there already.
@@ -71,7 +84,12 @@ class Catalog:
         An id that comes again with another content (LLaVA's own data have such) gets a number: ``7``, ``7~2``.
         """
         sample = placed.sample
-        names = [f"{item.kind}/{self._key(item.paths)}" for item in sample.media]
+        try:
+            names = [f"{item.kind}/{self._key(item.paths)}" for item in sample.media]
+        except BadMedia:
+            for item in sample.media:
+                self._hashing.pop(_digest(item.paths), None)
+            raise
         content = _digest([sample.turns, names])
         repeated = (content, split, sample.id)
         if self._one("SELECT 1 FROM samples WHERE content = ? AND split = ? AND written = ?", repeated):
@@ -128,9 +146,18 @@ class Catalog:
         ):
             yield {"split": split, "id": id, "reason": reason, "file": file, "where": place}
 
-    def count(self, table: str) -> int:
-        """Rows of ``samples``, ``media`` or ``bad``."""
-        return self._one(f"SELECT COUNT(*) FROM {table}", ())[0]
+    def missing(self, kind: str, page: int = PAGE) -> Iterator[list[tuple[str, list[str]]]]:
+        """Content key and paths of the media of one kind that are not marked, some at a time, in the order of use."""
+        rows = self.db.execute(
+            f"SELECT name, paths FROM media WHERE {UNMARKED} AND substr(name, 1, ?) = ? ORDER BY number",
+            (len(kind) + 1, f"{kind}/"),
+        )
+        while part := rows.fetchmany(page):
+            yield [(name.partition("/")[2], json.loads(paths)) for name, paths in part]
+
+    def count(self, table: str, which: str = "TRUE") -> int:
+        """Rows of ``samples``, ``media`` or ``bad``; of media also the ``UNMARKED``."""
+        return self._one(f"SELECT COUNT(*) FROM {table} WHERE {which}", ())[0]
 
     def repeats(self, most: int) -> tuple[int, list[Repeat]]:
         """How many samples repeat an earlier one, in any split, and the most frequent of them."""
@@ -153,8 +180,9 @@ class Catalog:
         """The content key of a media file, read once however often it is used."""
         which = _digest(paths)
         if (row := self._one("SELECT key, fault FROM keys WHERE paths = ?", (which,))) is None:
+            begun = self._hashing.pop(which, None)
             try:
-                row = content_key(paths, self.max_bytes), None
+                row = begun.result() if begun else content_key(paths, self.max_bytes), None
             except BadMedia as error:
                 row = None, str(error)
             self.db.execute("INSERT INTO keys (paths, key, fault) VALUES (?, ?, ?)", (which, *row))

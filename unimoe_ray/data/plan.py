@@ -6,15 +6,17 @@ micro-batches, so a resumed or resized run neither skips nor repeats a sample.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from unimoe_ray.data.samples import Span
+from unimoe_ray.data.order import stream
+from unimoe_ray.data.samples import SampleTable, Span
 
-_GOLDEN = 0.6180339887498949
+# A turn, and the golden part of one: a float's exact value.
+_UNIT = 2**64
+_GOLDEN = int(0.6180339887498949 * _UNIT)
 # A micro-batch with more padding is divided: short samples before long ones. A micro-batch more costs as much time as
 # about this many tokens (measured on the mini model), so less padding than that is left alone.
 MAX_PADDING = 0.15
@@ -53,31 +55,73 @@ def _by_source(
         yield f"{task}@{part}", weight * share, rows[source == part]
 
 
-def step_samples(mixture: Mixture, steps: int, batch_size: int, seed: int) -> list[np.ndarray]:
-    """Sample indices [batch_size] of each of ``steps`` steps.
+@dataclass(frozen=True)
+class Order:
+    """What decides the samples of every step of a run. ``tasks``: pairs of name and mixture weight."""
 
-    Counts per task follow the weights within one sample in every step (systematic sampling with a rotating offset).
-    Each task is read in its own random order, through all of its samples before any comes again.
-    """
-    offsets = (seed * _GOLDEN + np.arange(steps) * _GOLDEN) % 1.0
-    edges = np.concatenate([[0.0], np.cumsum(mixture.weights)])
-    edges[-1] = 1.0
-    below = np.ceil(edges[None, :] * batch_size - offsets[:, None]).astype(np.int64).clip(0, batch_size)
-    counts = np.diff(below, axis=1)
-    starts = np.concatenate([np.zeros((1, len(mixture.tasks)), np.int64), np.cumsum(counts, axis=0)[:-1]])
-    columns = []
-    for task, pool, start, count in zip(mixture.tasks, mixture.indices, starts.T, counts.T, strict=True):
-        stream = _task_stream(task, pool, int(start[-1] + count[-1]), seed)
-        columns.append([stream[s : s + c] for s, c in zip(start, count, strict=True)])
-    return [np.concatenate([column[step] for column in columns]) for step in range(steps)]
+    tasks: tuple[tuple[str, float], ...]
+    steps: int
+    batch_size: int
+    seed: int
+
+    def plan(self, table: SampleTable, spans: Sequence[Span] = ()) -> Plan:
+        """Raises KeyError for a task that the table lacks."""
+        pools = table.by_task()
+        mixture = Mixture.build(dict(self.tasks), {task: pools[task] for task, _ in self.tasks}, spans)
+        return Plan(mixture, self.steps, self.batch_size, self.seed)
 
 
-def _task_stream(task: str, pool: np.ndarray, length: int, seed: int) -> np.ndarray:
-    """Epoch after epoch of the pool, each in its own order."""
-    name = int.from_bytes(hashlib.sha256(task.encode()).digest()[:8], "little")
-    epochs = -(-length // len(pool))
-    orders = [np.random.default_rng([seed, name, epoch]).permutation(pool) for epoch in range(epochs)]
-    return np.concatenate(orders)[:length] if orders else pool[:0]
+@dataclass(frozen=True)
+class Plan:
+    """The samples of every step. Each is computed by itself: its cost does not depend on the steps before it, and only
+    by a logarithm on their number."""
+
+    mixture: Mixture
+    steps: int
+    batch_size: int
+    seed: int
+
+    def samples(self, step: int) -> np.ndarray:
+        """Sample indices [batch_size] of a step.
+
+        Counts per task follow the weights within one sample in every step (systematic sampling with a rotating offset).
+        Each task is read in its own random order, through all of its samples before any comes again.
+        """
+        begin, end = self._drawn(step), self._drawn(step + 1)
+        columns = [
+            pool[stream(task, len(pool), start, stop, self.seed)]
+            for task, pool, start, stop in zip(self.mixture.tasks, self.mixture.indices, begin, end, strict=True)
+        ]
+        return np.concatenate(columns)
+
+    def _drawn(self, step: int) -> list[int]:
+        """How many samples of each task the steps before this one have.
+
+        In step s, those of the first j tasks are ceil(edge_j * batch_size - u_s), u_s the fractional part of
+        (seed + s) golden ratios. In whole numbers of 2**-64 the sum over steps is exact and has a closed form.
+        """
+        edges = np.concatenate([[0.0], np.cumsum(self.mixture.weights)])
+        edges[-1] = 1.0
+        turns = floor_sum(step, _UNIT, _GOLDEN, self.seed * _GOLDEN)
+        below = [
+            turns + floor_sum(step, _UNIT, -_GOLDEN, int(edge * _UNIT) + _UNIT - 1 - self.seed * _GOLDEN)
+            for edge in (edges * self.batch_size).tolist()
+        ]
+        return [upper - lower for lower, upper in zip(below, below[1:], strict=False)]
+
+
+def floor_sum(n: int, m: int, a: int, b: int) -> int:
+    """The sum of floor((a * i + b) / m) over i in range(n), in O(log m) operations on whole numbers (Euclid's algorithm
+    on the slope; Graham, Knuth, Patashnik: "Concrete Mathematics", section 3.5)."""
+    total = 0
+    while n > 0:
+        (steep, a), (high, b) = divmod(a, m), divmod(b, m)
+        total += n * (n - 1) // 2 * steep + n * high
+        # What is left counts points under a line of slope below 1: the same ones, column by column, seen from its side.
+        top = a * n + b
+        n, b = divmod(top, m)
+        m, a = a, m
+    return total
 
 
 def split_step(

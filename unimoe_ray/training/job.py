@@ -10,7 +10,8 @@ from unimoe_ray.data.samples import Source
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a worker needs to know, picklable."""
+    """Everything a worker needs to know, picklable. states: where those of the run lie; decides: all that decides what
+    it learns, as a state of it says too."""
 
     config: dict[str, Any]
     info: dict[str, Any]
@@ -21,6 +22,8 @@ class Job:
     tokenizer: str
     folder: str
     recipe: str
+    states: str
+    decides: dict[str, Any]
 
     @property
     def label(self) -> str:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from functools import lru_cache
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from unimoe_ray.checkpoint.states import check_latest, states_folder
 from unimoe_ray.config import Config
 from unimoe_ray.config.training import STAGES
 from unimoe_ray.data.samples import SampleTable, Source
@@ -24,6 +21,8 @@ from unimoe_ray.parallel.cluster_topology import label_selectors
 from unimoe_ray.parallel.groups import expert_parallel_size
 from unimoe_ray.training.checkpoint import ModelInfo, checkpoint_dir, is_complete
 from unimoe_ray.training.job import Job, train_worker
+from unimoe_ray.training.recipe import decisive, recipe
+from unimoe_ray.training.record import drop_after
 from unimoe_ray.training.stages import parents
 
 # Tasks that a machine may lack the packages for; a mixture goes on without them.
@@ -59,19 +58,22 @@ def run_stage(
             )
     # Workers run in folders of their own.
     tree = config.model_dump(mode="json") | {"runs_dir": str(Path(config.runs_dir).resolve())}
-    jobs = []
+    jobs, done = [], {}
     for name in runs:
         folder = checkpoint_dir(config.run_dir, stage, name)
         made_by = recipe(config, stage, name, info, source)
         if not is_complete(folder, made_by):
             tasks = _available(source, runs[name].tasks, f"stages.{stage}.{name}.tasks")
             files = str(tokenizer.resolve()), str(folder.resolve())
-            jobs.append(Job(tree, asdict(info), stage, name, source, tasks, *files, made_by))
+            states = states_folder(config, stage, name)
+            decides = decisive(config, stage, name, info, source, tasks)
+            done[name] = check_latest(states, decides)
+            jobs.append(Job(tree, asdict(info), stage, name, source, tasks, *files, made_by, states.location, decides))
     if not jobs:
         return []
     metrics = config.run_dir / "metrics.jsonl"
-    for path in (metrics, config.run_dir / "findings.jsonl"):
-        _forget(path, {job.label for job in jobs})
+    for job in jobs:
+        drop_after(config.run_dir, job.label, done[job.run])
     each = max(1, workers // len(jobs))
     if stage == "tune" and config.model.moe.layers != "none":
         expert_parallel_size(config.training.expert_parallel.ep_size, each, config.model.moe.num_experts)
@@ -130,36 +132,3 @@ def _available(source: Source, tasks: dict[str, float], key: str) -> dict[str, f
     if unknown := [task for task in missing if task not in OPTIONAL_TASKS]:
         raise UsageError(f"{key}: no prepared samples of task '{unknown[0]}'; allowed: {', '.join(sorted(known))}")
     return {task: weight for task, weight in tasks.items() if task not in missing}
-
-
-def recipe(config: Config, stage: str, run: str, info: ModelInfo, source: Source) -> str:
-    """A hash of all that decides what a run learns, earlier stages included; a checkpoint with another one is trained
-    again."""
-    samples = _file_hash(source.samples, Path(source.samples).stat().st_mtime_ns)
-    earlier = [recipe(config, before, name, info, source) for before, name in parents(config, stage)]
-    optimizer = config.training.optimizer.model_dump(mode="json")
-    settings = getattr(config.stages, stage)[run].model_dump(mode="json")
-    moe = config.model.moe.model_dump(mode="json") if stage == "tune" else None
-    dense = replace(info, model={k: v for k, v in info.model.items() if k != "moe"})
-    parts = [stage, run, config.seed, settings, optimizer, moe, asdict(dense), samples, earlier]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-@lru_cache(maxsize=4)
-def _file_hash(path: str, changed_ns: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _forget(path: Path, labels: set[str]) -> None:
-    """Drop the lines of runs that start again."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        path.write_text("".join(f"{line}\n" for line in lines if _label(line) not in labels | {None}), encoding="utf-8")
-
-
-def _label(line: str) -> Any:
-    try:
-        return json.loads(line)["run"]
-    except (ValueError, KeyError):
-        return None
