@@ -256,13 +256,13 @@ def evaluate_benchmark(
     config: Config, progress: TrainProgress, task: benchmarking.Task, *, stage: str | None = None
 ) -> benchmarking.Result:
     """Answers of the run's last finished model to a benchmark's questions, and their score."""
+    model_dir = evaluating.final_model(config, stage)
+    ask = benchmarking.ray_workers(
+        config, model_dir, task.decoding, workers=cluster.workers(config), use_gpu=cluster.uses_gpu(config)
+    )
+    what = f"answering {task.benchmark.title}"
     result = benchmarking.run_benchmark(
-        config,
-        evaluating.final_model(config, stage),
-        task,
-        workers=cluster.workers(config),
-        use_gpu=cluster.uses_gpu(config),
-        on_progress=lambda done, total: progress.count(f"answering {task.benchmark.title}", done, total),
+        config, model_dir, task, ask, lambda done, total: progress.count(what, done, total)
     )
     progress.message(
         f"{result.questions - len(result.unusable)} of {result.questions} questions answered "
