@@ -6,7 +6,7 @@ import fcntl
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,24 +74,14 @@ def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
     """The suite (for the embedded default), the feature store and the tokenised samples."""
     suite = mini.suite(config, progress.message) if config.data.is_mini else None
     towers = load_towers(config)
-    dims = {modality: towers[TOWER_OF[modality]].feature_dim for modality in MODALITIES}
-    settings = EncodeSettings(
-        root=str(Path(config.data.dir).resolve() / "features"),
-        fingerprints={m: _fingerprint(config, m, towers[TOWER_OF[m]].fingerprint()) for m in MODALITIES},
-        frames=config.model.video.frames,
-        data=config.data,
-        load_tower=partial(load_tower, config),
-        threads=cluster.decoders(config),
-        gpu=cluster.uses_gpu(config),
-    )
     connectors = {
-        m: build_connector(m, dims[m], 1, config.model.connector_of(m), config.model.video) for m in MODALITIES
+        m: build_connector(m, towers[TOWER_OF[m]].feature_dim, 1, config.model.connector_of(m), config.model.video)
+        for m in MODALITIES
     }
-    del towers
     result = preparing.prepare(
         with_checkpoint(config, progress.message),
         sources_of(absolute(config.data), suite and suite.resolve()),
-        settings,
+        replace(encode_settings(config), threads=cluster.decoders(config), gpu=cluster.uses_gpu(config)),
         lambda kind, lengths: connectors[kind].soft_tokens(lengths),
         cluster.workers(config),
         progress.count,
@@ -110,6 +100,19 @@ def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
             f"{first['split']} {first['id']}: {first['what']}); all in {path}"
         )
     return result
+
+
+def encode_settings(config: Config) -> EncodeSettings:
+    """How the media of a run are encoded, on CPUs. Loads the towers."""
+    towers = load_towers(config)
+    return EncodeSettings(
+        root=str(Path(config.data.dir).resolve() / "features"),
+        fingerprints={m: _fingerprint(config, m, towers[TOWER_OF[m]].fingerprint()) for m in MODALITIES},
+        frames=config.model.video.frames,
+        data=config.data,
+        load_tower=partial(load_tower, config),
+        sketch_tower=partial(sketch_tower, config),
+    )
 
 
 def check(config: Config, progress: TrainProgress) -> bool:
@@ -155,7 +158,7 @@ def _train_stage(config: Config, stage: str, progress: TrainProgress) -> None:
         config,
         stage,
         info,
-        preparing.source(config, "train"),
+        preparing.source(config, "train", encode_settings(config)),
         preparing.tokenizer_path(config),
         workers=cluster.workers(config),
         use_gpu=cluster.uses_gpu(config),
@@ -255,13 +258,13 @@ def evaluate_benchmark(
     config: Config, progress: TrainProgress, task: benchmarking.Task, *, stage: str | None = None
 ) -> benchmarking.Result:
     """Answers of the run's last finished model to a benchmark's questions, and their score."""
+    model_dir = evaluating.final_model(config, stage)
+    ask = benchmarking.ray_workers(
+        config, model_dir, task.decoding, workers=cluster.workers(config), use_gpu=cluster.uses_gpu(config)
+    )
+    what = f"answering {task.benchmark.title}"
     result = benchmarking.run_benchmark(
-        config,
-        evaluating.final_model(config, stage),
-        task,
-        workers=cluster.workers(config),
-        use_gpu=cluster.uses_gpu(config),
-        on_progress=lambda done, total: progress.count(f"answering {task.benchmark.title}", done, total),
+        config, model_dir, task, ask, lambda done, total: progress.count(what, done, total)
     )
     progress.message(
         f"{result.questions - len(result.unusable)} of {result.questions} questions answered "

@@ -130,7 +130,7 @@ def test_stages_on_a_real_cluster(tiny_run, monkeypatch):
     # Ray Data itself says that it delivered exactly the planned micro-batches.
     source = prepare.source(tiny_run.config, "train")
     settings = tiny_run.config.stages.tune["tune"]
-    order = Order(tuple(settings.tasks.items()), TUNE_STEPS, 8, seed=sum(map(ord, "tune")))
+    order = Order(tuple(settings.tasks.items()), 8, sum(map(ord, "tune")), TUNE_STEPS)
     layout = Layout(0, 2, tiny_run.config.training.max_tokens_per_micro_batch)
     plan = planned_micro_batches(source, order, layout, range(TUNE_STEPS))
     stats = (tiny_run.config.run_dir / "data_stats" / "tune.txt").read_text()

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unimoe_ray.data.plan import Mixture, Plan, split_step
+from unimoe_ray.data.layout import split_step
+from unimoe_ray.data.plan import Mixture, MixturePlan
 from unimoe_ray.data.samples import Span
 
 weights = st.floats(0.01, 100)
@@ -23,7 +24,7 @@ def build(tasks: dict[str, tuple[float, int]]) -> Mixture:
 
 
 def samples(mixture: Mixture, steps: int, batch_size: int, seed: int) -> list[np.ndarray]:
-    plan = Plan(mixture, steps, batch_size, seed)
+    plan = MixturePlan(mixture, steps, batch_size, seed)
     return [plan.samples(step) for step in range(steps)]
 
 

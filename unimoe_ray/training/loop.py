@@ -25,7 +25,7 @@ from unimoe_ray.config.model import PLACEHOLDER_IDS, TOKEN_KINDS
 from unimoe_ray.config.training import TrainRun
 from unimoe_ray.data import prepare
 from unimoe_ray.data.batch import Arrays
-from unimoe_ray.data.loader import Layout, Step, iterate_steps, rank_dataset
+from unimoe_ray.data.loader import Layout, Step, iterate_steps, rank_dataset, total_steps
 from unimoe_ray.model.language import mixtures
 from unimoe_ray.model.routing import RoutingSums
 from unimoe_ray.model.unimoe import to_batch
@@ -73,10 +73,11 @@ def train(job: Job) -> None:
     mover = ExpertMover(ranks, config, make_engine)
     if state is not None:
         restore.load(mover.engine, state)
-    saver = Saver(states, config.checkpoint, label=job.label, steps=run.steps, decides=job.decides, start=state)
 
     order = order_of(config, job.stage, job.run, job.tasks)
-    layout = Layout(rank, world, config.training.max_tokens_per_micro_batch)
+    run = run.model_copy(update={"steps": total_steps(job.source, order), "epochs": None})
+    saver = Saver(states, config.checkpoint, label=job.label, steps=run.steps, decides=job.decides, start=state)
+    layout = Layout(rank, world, config.training.max_tokens_per_micro_batch, config.training.packed_row_tokens or 0)
     dataset = rank_dataset(job.source, order, layout, config.data.steps_per_block, first_step=done)
     steps = iterate_steps(dataset, config.data.prefetch)
     validation = _plan_validation(config, job, rank, world)
