@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 import psutil
 import ray
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 
 
 @dataclass
@@ -24,13 +26,24 @@ class Nodes:
 
     def kill(self) -> None:
         """One that has a worker, as if its power was cut: all its processes die at once, and nobody is told."""
-        pids = _raylets_of_workers()
-        node = next(node for node in self.others if _raylet(node).pid in pids)
+        node = self._with_worker()
         self.others.remove(node)
         for process in [*_raylet(node).children(recursive=True), _raylet(node)]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self.cluster.remove_node(node, allow_graceful=False)
+
+    def drain(self) -> None:
+        """Notice that one that has a worker will be taken away in a minute, as a cloud gives it."""
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline = int(1000 * (time.time() + 60))
+        gcs = ray._raylet.GcsClient(address=self.cluster.address)
+        accepted, why = gcs.drain_node(self._with_worker().node_id, reason, "spot", deadline)
+        assert accepted, why
+
+    def _with_worker(self):
+        pids = _raylets_of_workers()
+        return next(node for node in self.others if _raylet(node).pid in pids)
 
 
 def _raylet(node) -> psutil.Process:

@@ -51,3 +51,21 @@ def test_four_workers_two_and_three(tmp_path):
     lines = runs.same(run, undisturbed)
     assert [line["world"] for line in lines] == [4] * 4 + [2] * 7 + [3] * 5
     assert [r["cause"] for r in runs.recoveries(lines)] == ["lost", "resize"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_node_that_is_about_to_be_taken_away(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+    run = runs.make_run(tmp_path)
+    folder = tmp_path / "faults"
+    with cluster_of(2) as nodes:
+        undisturbed = Undisturbed.of(run)
+        runs.again(run)
+        follow = runs.at(run, folder, {6: nodes.drain})
+        with faults.injected(folder, faults.hold_at(6), faults.wait_at(7)):
+            runs.train(run, workers=2, follow=follow)
+    lines = runs.same(run, undisturbed)
+    (recovery,) = runs.recoveries(lines)
+    assert (recovery["cause"], recovery["lost_steps"], recovery["world"]) == ("preemption", 0, 1)
+    assert [line["world"] for line in lines] == [2] * 7 + [1] * 5

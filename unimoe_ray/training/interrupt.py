@@ -38,6 +38,12 @@ def request(cause: str) -> None:
     _requested = _requested or cause
 
 
+def withdraw() -> None:
+    """It could not be done."""
+    global _requested
+    _requested = None
+
+
 def requested() -> list[int]:
     """1 for the cause for which this process was asked to stop, else 0, in the order of ``CAUSES``: to be summed up."""
     return [int(_requested == cause) for cause in CAUSES]

@@ -26,6 +26,7 @@ from unimoe_ray.config.training import TrainRun
 from unimoe_ray.data import prepare
 from unimoe_ray.data.batch import Arrays
 from unimoe_ray.data.loader import Layout, Step, iterate_steps, rank_dataset, total_steps
+from unimoe_ray.errors import UnimoeError
 from unimoe_ray.model.language import mixtures
 from unimoe_ray.model.routing import RoutingSums
 from unimoe_ray.model.unimoe import to_batch
@@ -113,8 +114,16 @@ def train(job: Job) -> None:
             score = mean(metrics["validation"].values()) if "validation" in metrics else None
             written = saver.save(mover.engine, number + 1, placement=placement_of(model), validation=score)
         if stop is not None and number + 1 < run.steps:
-            saver.save_now(mover.engine, number + 1, placement=placement_of(model))
-            raise PlannedRestart(stop, f"the workers stop for a {stop}, their state saved")
+            try:
+                saver.save_now(mover.engine, number + 1, placement=placement_of(model))
+            except UnimoeError as error:
+                if config.checkpoint.on_error == "stop":
+                    raise
+                interrupt.withdraw()
+                if record is not None:
+                    record.remark(number + 1, f"the workers go on in spite of a {stop}: {error}")
+            else:
+                raise PlannedRestart(stop, f"the workers stop for a {stop}, their state saved")
 
     collect_experts(model)
     if rank == 0:
