@@ -56,6 +56,7 @@ def test_four_workers_two_and_three(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_node_that_is_about_to_be_taken_away(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")  # off in clusters made for a command
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     run = runs.make_run(tmp_path)
     folder = tmp_path / "faults"
