@@ -23,10 +23,15 @@ def test_experts_share_workers_and_one_fails_alone(tmp_path):
             runs.train(run, stage="experts", workers=3)
     assert all(is_complete(checkpoint_dir(run.config.run_dir, "experts", name)) for name in run.config.stages.experts)
     image, speech, audio = (runs.lines(run, f"experts/{name}") for name in ("image", "speech", "audio"))
-    assert [recovery["cause"] for recovery in runs.recoveries(image)] == ["error"]
-    assert not runs.recoveries(audio) and len(audio) == 6
-    # The others are finished, and their workers are used here, with no step lost.
-    assert [line["step"] for line in speech] == list(range(1, 17))
-    (grown,) = runs.recoveries(speech)
-    assert (grown["cause"], grown["lost_steps"], grown["world"]) == ("resize", 0, 3)
-    assert [line["world"] for line in speech] == [1] * 10 + [3] * 6
+    assert [[line["step"] for line in lines] for lines in (image, speech, audio)] == [
+        list(range(1, 7)),
+        list(range(1, 17)),
+        list(range(1, 7)),
+    ]
+    # One failed, and began again alone.
+    assert [stop["cause"] for stop in runs.stops(run, "experts/image")][0] == "error"
+    for name in ("speech", "audio"):
+        assert {stop["cause"] for stop in runs.stops(run, f"experts/{name}")} <= {"resize"}
+    # Those that are finished left their workers to the last one, which lost no step.
+    assert [line["world"] for line in speech[:10]] == [1] * 10
+    assert speech[-1]["world"] > 1 and speech[-1]["lost_steps"] == 0
