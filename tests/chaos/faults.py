@@ -25,7 +25,7 @@ from ray.train.v2._internal.execution.callback import WorkerCallback
 from unimoe_ray.training import interrupt
 
 FILE = "UNIMOE_TEST_FAULTS"
-WAIT_S = 180.0
+WAIT_S = 600.0
 
 
 @dataclass(frozen=True)

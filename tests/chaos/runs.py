@@ -95,8 +95,9 @@ def stops(run: TinyRun, label: str = "tune") -> list[dict]:
     return [event for event in lines(run, label, "events.jsonl") if event["event"] == "stop"]
 
 
-def recoveries(found: list[dict]) -> list[dict]:
-    return [line["recovery"] | {"world": line["world"]} for line in found if "recovery" in line]
+def recoveries(run: TinyRun, label: str = "tune") -> list[dict]:
+    """Also of those whose first step was done again."""
+    return [event for event in lines(run, label, "events.jsonl") if event["event"] == "recovered"]
 
 
 def lines(run: TinyRun, label: str = "tune", name: str = "metrics.jsonl") -> list[dict]:

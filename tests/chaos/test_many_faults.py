@@ -39,5 +39,5 @@ def test_twenty_random_faults_in_one_run(tmp_path):
     assert last["lost_steps"] == sum(event["lost_steps"] for event in recoveries)
     page = write_report(run.config.run_dir).read_text(encoding="utf-8")
     assert page.count('class="time-stop"') == FAULTS and f"{100 * last['goodput']:.1f} %" in page
-    seconds = sorted(line["recovery"]["seconds"] for line in lines if "recovery" in line)
+    seconds = sorted(event["seconds"] for event in runs.recoveries(run))
     print({"goodput": last["goodput"], "lost_steps": last["lost_steps"], "recovery_s": seconds})

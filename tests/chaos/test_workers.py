@@ -20,14 +20,19 @@ def disturbed(run: TinyRun, folder: Path, *what: faults.Fault, **given) -> list[
     return runs.lines(run)
 
 
-@pytest.mark.timeout(300)
+def checked(run: TinyRun, undisturbed: Undisturbed) -> list[dict]:
+    runs.same(run, undisturbed)
+    return runs.recoveries(run)
+
+
+@pytest.mark.timeout(600)
 def test_a_killed_worker_and_one_that_is_taken_away(tmp_path):
     run = runs.make_run(tmp_path)
     with cluster.connect(run.config):
         undisturbed = Undisturbed.of(run)
         disturbed(run, tmp_path / "faults", faults.kill_at(1, 7), faults.terminate_at(0, 10))
     lines = runs.same(run, undisturbed)
-    lost, taken = runs.recoveries(lines)
+    lost, taken = runs.recoveries(run)
     assert (lost["cause"], lost["lost_steps"]) == ("lost", 2)  # step 4 had the last state
     assert (taken["cause"], taken["lost_steps"]) in (("preemption", 0),)
     assert lines[-1]["restarts"] == 2 and lines[-1]["lost_steps"] == 2
@@ -47,13 +52,13 @@ def test_every_fault_of_a_worker(tmp_path):
         run.config.training.elastic.hang_timeout = 30.0
         disturbed(run, tmp_path / "hang", faults.hang_at(1, 6))
         run.config.training.elastic.hang_timeout = 90.0
-        (hang,) = runs.recoveries(runs.same(run, undisturbed))
+        (hang,) = checked(run, undisturbed)
         assert (hang["cause"], hang["lost_steps"]) == ("hang", 1)
         (stop,) = runs.stops(run)
         assert stop["rank"] == 1 and "time.sleep(1)" in stop["traceback"]
 
         disturbed(run, tmp_path / "raise", faults.fail_at(0, 6), faults.kill_at(0, 9))
-        failed, killed = runs.recoveries(runs.same(run, undisturbed))
+        failed, killed = checked(run, undisturbed)
         assert (failed["cause"], failed["lost_steps"]) == ("error", 1)
         assert killed["cause"] == "lost" and killed["lost_steps"] in (0, 4)  # the state of step 8 may be on its way
         stop = runs.stops(run)[0]
@@ -82,7 +87,7 @@ def test_bad_losses_are_skipped_or_gone_back_from(tmp_path):
         run.config.training.elastic.bad_loss = "rewind"
         rewound = disturbed(run, tmp_path / "rewind", faults.nan_at(6), faults.explode_at(9))
         assert [line["step"] for line in rewound if "skipped" in line] == [6, 9]
-        assert [r["cause"] for r in runs.recoveries(rewound)] == ["rewind", "rewind"]
+        assert [r["cause"] for r in runs.recoveries(run)] == ["rewind", "rewind"]
         # Both left the same two steps out.
         for line, other in zip(skipped, rewound, strict=True):
             assert line["step"] in (6, 9) or line["loss"] == pytest.approx(other["loss"], abs=1e-5)
@@ -106,7 +111,7 @@ def test_storage_that_is_damaged_full_read_only_or_slow(tmp_path):
         folder = tmp_path / "corrupt"
         follow = runs.at(run, folder, {10: lambda: faults.corrupt_shard(states)})
         disturbed(run, folder, faults.hold_at(10), faults.kill_at(1, 11), follow=follow)
-        (recovery,) = runs.recoveries(runs.same(run, undisturbed))
+        (recovery,) = checked(run, undisturbed)
         assert recovery["lost_steps"] == 6  # back to step 4
         assert any("passed over" in f["text"] for f in runs.lines(run, name="findings.jsonl"))
 
@@ -116,7 +121,7 @@ def test_storage_that_is_damaged_full_read_only_or_slow(tmp_path):
                 folder = tmp_path / f"disk-{number}"
                 follow = runs.at(run, folder, {6: lambda spoil=spoil: spoil(disk)})
                 disturbed(run, folder, faults.hold_at(6), faults.kill_at(0, 11), follow=follow)
-                (recovery,) = runs.recoveries(runs.same(run, undisturbed))
+                (recovery,) = checked(run, undisturbed)
                 assert recovery["lost_steps"] == 6
                 told = [f["text"] for f in runs.lines(run, name="findings.jsonl") if f["signature"] == "checkpoint"]
                 why = ("No space left on device", "Read-only file system")[number]

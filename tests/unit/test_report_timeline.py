@@ -13,6 +13,7 @@ from unimoe_ray.training.recovery import (
     DRIVER,
     EVENTS,
     METRICS,
+    RECOVERED,
     START,
     STOP,
     Account,
@@ -49,7 +50,7 @@ def stopped(tmp_path) -> Path:
 
 
 def test_the_account_of_a_stop(stopped, monkeypatch):
-    now = iter((130.0, 140.0, 141.0))
+    now = iter((130.0, 140.0, 140.0, 141.0))
     monkeypatch.setattr("unimoe_ray.training.recovery.time.time", lambda: next(now))
     monkeypatch.setattr("unimoe_ray.training.recovery._marks", {"entered": 126.0, "imported": 128.0, "restored": 133.0})
     account = Account(stopped, "tune", done=4)
@@ -69,6 +70,7 @@ def test_the_account_of_a_stop(stopped, monkeypatch):
             "first_step_s": 7.0,
         },
     }
+    assert [event["event"] for event in read_lines(stopped / EVENTS, "tune")][-2:] == ["resume", RECOVERED]
     assert second == {"goodput": round(8 / 41, 4), "restarts": 1, "lost_steps": 2}
 
 
@@ -78,7 +80,7 @@ def test_the_time_without_a_driver_is_not_lost(stopped, monkeypatch):
     (stopped / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     events_of(stopped, (1000.0, DRIVER), reached=6)
     events_of(stopped, (1001.0, START), workers=1)
-    now = iter((1009.0, 1010.0))
+    now = iter((1009.0, 1010.0, 1010.0))
     monkeypatch.setattr("unimoe_ray.training.recovery.time.time", lambda: next(now))
     line = Account(stopped, "tune", done=4).line(1.0)
     assert (line["recovery"]["cause"], line["recovery"]["seconds"], line["lost_steps"]) == ("driver", 10.0, 2)
@@ -104,8 +106,8 @@ def test_the_report_draws_starts_steps_losses_and_stops(stopped):
     lines = [line for line in read_lines(stopped / METRICS, "tune") if line["step"] <= 4]
     (stopped / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     append(stopped / EVENTS, {"event": "resume", "run": "tune", "time": 130.0, "step": 4, "lost_steps": 2})
-    recovery = {"cause": "lost", "lost_steps": 2, "seconds": 19.0}
-    lines_of(stopped, range(5, 10), 140.0, goodput=0.25, restarts=1, lost_steps=2, recovery=recovery)
+    events_of(stopped, (140.0, RECOVERED), cause="lost", lost_steps=2, seconds=19.0)
+    lines_of(stopped, range(5, 10), 140.0, goodput=0.25, restarts=1, lost_steps=2)
     (stopped / "config.yaml").write_text("name: x\n")
     page = write_report(stopped).read_text()
     drawn = page[page.index('class="timeline"') :]

@@ -36,7 +36,6 @@ class Curve:
     restarts: int = 0
     lost_steps: int = 0
     pauses: float = 0.0
-    recoveries: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
 
     def add(self, record: dict[str, Any]) -> None:
         step = int(record["step"])
@@ -62,8 +61,6 @@ class Curve:
             self.restarts, self.lost_steps = int(record["restarts"]), int(record["lost_steps"])
         if written := record.get("checkpoint"):
             self.pauses += float(written["wait_s"]) + float(written["copy_s"])
-        if recovery := record.get("recovery"):
-            self.recoveries.append((step, {**recovery, "seconds": float(recovery["seconds"])}))
 
     def _go_back(self, step: int) -> None:
         """A run that was stopped did its later steps again: only the last time counts."""
@@ -224,4 +221,5 @@ def _is_finding(value: dict[str, Any]) -> bool:
 
 def _is_event(value: dict[str, Any]) -> bool:
     named = all(isinstance(value.get(key), str) for key in ("run", "event"))
-    return named and isinstance(value.get("time"), int | float)
+    timed = isinstance(value.get("time"), int | float)
+    return named and timed and (value["event"] != "recovered" or isinstance(value.get("seconds"), int | float))

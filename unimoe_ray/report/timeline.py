@@ -121,8 +121,8 @@ def _costs(rows: list[tuple[Curve, list[dict[str, Any]]]]) -> Html:
     columns = ["run", "goodput", "restarts", "lost steps", "mean time to recover", "pauses for checkpoints"]
     head = tag("tr", [tag("th", c, scope="col", class_=None if i == 0 else "num") for i, c in enumerate(columns)])
     body = []
-    for curve, _ in rows:
-        recoveries = [recovery["seconds"] for _, recovery in curve.recoveries]
+    for curve, events in rows:
+        recoveries = [float(event["seconds"]) for event in events if event["event"] == "recovered"]
         cells = [
             percent(curve.goodput) if curve.goodput is not None else "–",
             f"{curve.restarts:,}",

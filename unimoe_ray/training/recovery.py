@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
-# Events: the driver began; workers are being started; they go on from a state; they stopped, planned or not; a step was
-# bad, and the run goes back behind it.
-DRIVER, START, RESUME, STOP, BAD_STEP = "driver", "start", "resume", "stop", "bad_step"
+# Events: the driver began; workers are being started; they go on from a state; their first step is done; they stopped,
+# planned or not; a step was bad, and the run goes back behind it.
+DRIVER, START, RESUME, RECOVERED, STOP, BAD_STEP = "driver", "start", "resume", "recovered", "stop", "bad_step"
 TAIL_BYTES = 1 << 16
 
 _marks: dict[str, float] = {}
@@ -91,7 +91,8 @@ class Account:
     restarts, lost_steps   since the run began: starts of workers after the first, and steps that were done again
     recovery     in the first line after a restart: its ``cause``, ``lost_steps``, ``seconds`` from the stop to the end
                  of this step, and of these ``scheduling_s`` until workers were asked for, ``process_s`` until they
-                 ran, ``import_s``, ``restore_s`` and ``first_step_s``
+                 ran, ``import_s``, ``restore_s`` and ``first_step_s``. It is an event too: where a run goes back once
+                 more, the line goes.
     """
 
     def __init__(self, folder: Path, run: str, done: int):
@@ -109,7 +110,7 @@ class Account:
         self._lost_in_all = self._lost + sum(e["lost_steps"] for e in events if e["event"] == RESUME)
         self._useful = sum(line.get("seconds", 0.0) for line in lines if line["step"] <= done)
         self._absent = _absent(events, lines)
-        self._first = True
+        self._first, self._folder, self._run = True, folder, run
         write_event(folder, run, RESUME, step=done, lost_steps=self._lost)
 
     def line(self, seconds: float) -> dict[str, Any]:
@@ -123,6 +124,7 @@ class Account:
         }
         if self._first and self._restarts:
             added["recovery"] = self._recovery(now)
+            write_event(self._folder, self._run, RECOVERED, **added["recovery"])
         self._first = False
         return added
 
