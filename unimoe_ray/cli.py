@@ -140,9 +140,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=_doctor)
 
+    from unimoe_ray.checkpoint import commands as checkpoint
     from unimoe_ray.kuberay import commands as kubernetes
     from unimoe_ray.submission import commands as submission
 
+    checkpoint.add_to(commands)
     submission.add_to(commands)
     kubernetes.add_to(commands)
     return parser

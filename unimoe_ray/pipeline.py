@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from unimoe_ray import cluster
+from unimoe_ray.checkpoint import states
 from unimoe_ray.config import Config, dump
 from unimoe_ray.config.model import MODALITIES
 from unimoe_ray.config.training import STAGES
@@ -53,8 +54,9 @@ def open_run(config: Config) -> Iterator[Path]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UnimoeError(f"{folder}: another command is using this run folder") from None
-            # The data are found again from wherever the run is used.
-            found = config.model_copy(update={"data": absolute(config.data)})
+            # Data and states are found again from wherever the run is used.
+            places = {"data": absolute(config.data), "checkpoint": states.absolute(config.checkpoint)}
+            found = config.model_copy(update=places)
             (folder / "config.yaml").write_text(dump(found), encoding="utf-8")
             yield folder
     except OSError as error:

@@ -85,6 +85,7 @@ def train(job: Job) -> None:
     record = RunRecord(config, job.label, done) if rank == 0 else None
     for text in passed_over if record is not None else ():
         record.remark(done, text)
+    written: Outcome | None = None
     recovery.mark("restored")
     for number in range(done, run.steps):
         started = time.perf_counter()
@@ -103,14 +104,14 @@ def train(job: Job) -> None:
             metrics["validation"] = validate(mover.engine, validation, device)
         if routing is not None and number + 1 < run.steps and (moved := mover.after_step(number + 1, routing)):
             metrics["moved_experts"] = moved
-        written = saver.outcome()
-        if saver.is_due(number + 1):
-            score = mean(metrics["validation"].values()) if "validation" in metrics else None
-            before = saver.save(mover.engine, number + 1, placement=placement_of(model), validation=score)
-            written = written or before
+        written = written or saver.outcome()
         if record is not None:
             line = {"step": number + 1, "steps": run.steps, "stage": job.stage, "run": job.label} | metrics
             record.write(line | {"world": world} | _told(record, written))
+        written = None
+        if saver.is_due(number + 1):  # with all steps before it on record
+            score = mean(metrics["validation"].values()) if "validation" in metrics else None
+            written = saver.save(mover.engine, number + 1, placement=placement_of(model), validation=score)
         if stop is not None and number + 1 < run.steps:
             saver.save_now(mover.engine, number + 1, placement=placement_of(model))
             raise PlannedRestart(stop, f"the workers stop for a {stop}, their state saved")
