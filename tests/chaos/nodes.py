@@ -23,24 +23,38 @@ class Nodes:
         self.others.append(self.cluster.add_node(num_cpus=1, include_dashboard=False))
 
     def kill(self) -> None:
-        """The last one, as if its power was cut: all its processes die at once, and nobody is told."""
-        node = self.others.pop()
-        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-        for process in [raylet, *raylet.children(recursive=True)]:
+        """One that has a worker, as if its power was cut: all its processes die at once, and nobody is told."""
+        pids = _raylets_of_workers()
+        node = next(node for node in self.others if _raylet(node).pid in pids)
+        self.others.remove(node)
+        for process in [*_raylet(node).children(recursive=True), _raylet(node)]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self.cluster.remove_node(node, allow_graceful=False)
 
 
+def _raylet(node) -> psutil.Process:
+    return psutil.Process(node.all_processes["raylet"][0].process.pid)
+
+
+def _raylets_of_workers() -> set[int]:
+    found = set()
+    for process in psutil.process_iter(["cmdline"]):
+        with suppress(psutil.Error):
+            if any("ray::RayTrainWorker" in part for part in process.info["cmdline"] or []):
+                found.add(int(process.environ()["RAY_RAYLET_PID"]))
+    return found
+
+
 @contextmanager
 def cluster_of(workers: int) -> Iterator[Nodes]:
-    """Room for one worker on the head, beside Ray Data, and for one on each other node."""
-    head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 200 * 2**20}
+    """The head and as many other nodes, each with room for one worker; one of these rooms is Ray Data's."""
+    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 200 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         ray.init(address=cluster.address, log_to_driver=False)
         nodes = Nodes(cluster)
-        for _ in range(workers - 1):
+        for _ in range(workers):
             nodes.add()
         cluster.wait_for_nodes()
         yield nodes

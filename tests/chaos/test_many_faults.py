@@ -24,6 +24,7 @@ def test_twenty_random_faults_in_one_run(tmp_path):
     steps = sorted(chance.sample(range(2, STEPS), FAULTS))
     # Every fifth is a hang: each costs the timeout.
     what = [KINDS[3 if n % 5 == 4 else chance.randrange(3)](chance.randrange(2), step) for n, step in enumerate(steps)]
+    run.config.training.elastic.hang_timeout = 30.0
     folder = tmp_path / "faults"
     with cluster.connect(run.config), faults.injected(folder, *what):
         runs.train(run)

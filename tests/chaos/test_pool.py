@@ -41,6 +41,16 @@ def test_workers_of_a_finished_run_go_to_the_others(tmp_path):
     assert pool.share("audio", {"a": {"CPU": 2.0}}) == 0  # a node was lost, and there is one worker
 
 
+def test_runs_share_cores_but_not_gpus(tmp_path):
+    nodes = {"a": {"CPU": 5.0, "GPU": 2.0}}
+    for need, expected in (({"CPU": 1}, [1, 1, 1]), ({"CPU": 1, "GPU": 1}, [1, 1, 0])):
+        pool = Pool(tmp_path / "pool.json", 2, 1, need, side_by_side="GPU" not in need)
+        pool.announce(["image", "speech", "audio"])
+        assert [pool.share(run, nodes) for run in pool.runs()] == expected
+        pool.announce(["audio"])
+        assert pool.share("audio", nodes) == 2
+
+
 def test_room_is_by_what_is_scarcest_on_each_node(tmp_path):
     pool = Pool(tmp_path / "pool.json", workers=9, least=1, need={"CPU": 1, "GPU": 1})
     assert pool.room({"a": {"CPU": 16.0, "GPU": 4.0}, "b": {"CPU": 16.0}, "c": {"CPU": 2.0, "GPU": 8.0}}) == 6

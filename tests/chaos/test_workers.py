@@ -44,7 +44,9 @@ def test_every_fault_of_a_worker(tmp_path):
     with cluster.connect(run.config):
         undisturbed = Undisturbed.of(run)
 
+        run.config.training.elastic.hang_timeout = 30.0
         disturbed(run, tmp_path / "hang", faults.hang_at(1, 6))
+        run.config.training.elastic.hang_timeout = 90.0
         (hang,) = runs.recoveries(runs.same(run, undisturbed))
         assert (hang["cause"], hang["lost_steps"]) == ("hang", 1)
         (stop,) = runs.stops(run)

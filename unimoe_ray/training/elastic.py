@@ -14,9 +14,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import ray
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.failure_handling.default import RETRYABLE_CONTROLLER_ERRORS
@@ -27,13 +25,14 @@ from unimoe_ray.errors import UnimoeError
 from unimoe_ray.parallel.cluster_topology import label_selectors
 from unimoe_ray.training import interrupt
 from unimoe_ray.training.interrupt import PlannedRestart
+from unimoe_ray.training.observe import StandstillError
 from unimoe_ray.training.pool import Pool, fitting, free_resources, live_nodes
 
 log = logging.getLogger(__name__)
 
 CHECK_S = 0.5
 # After workers ended, what they used is free again within a second or two; what is still missing then is in use.
-PATIENCE_S = 10.0
+PATIENCE_S = 20.0
 # A run gives workers up for another one that has none, or for a node that leaves, after this time: not for a flicker.
 SHRINK_AFTER_S = 5.0
 
@@ -130,12 +129,11 @@ class Perseverance(FailurePolicy):
         error = training_failed_error
         if isinstance(error, PreemptionError):
             return FailureDecision.RETRY
-        if isinstance(error, ControllerError):
+        if isinstance(error, ControllerError) and not isinstance(error.controller_failure, StandstillError):
             # Workers that could not be started: there will be others.
             retry = isinstance(error.controller_failure, RETRYABLE_CONTROLLER_ERRORS)
             return FailureDecision.RETRY if retry else FailureDecision.RAISE
-        assert isinstance(error, WorkerGroupError)
-        errors = error.worker_failures.values()
+        errors = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
         if any(isinstance(cause, UnimoeError) for cause in errors):
             return FailureDecision.RAISE  # it would be the same again
         if any(isinstance(cause, PlannedRestart) for cause in errors):
@@ -144,14 +142,3 @@ class Perseverance(FailurePolicy):
         self._failures = self._failures + 1 if reached <= self._reached else 1
         self._reached = max(reached, self._reached)
         return FailureDecision.RETRY if self._failures <= self.failure_config.max_failures else FailureDecision.RAISE
-
-
-def preempted(status: Any) -> bool:
-    """Whether Ray has told workers that their node is about to be taken away."""
-    return status.get_preemption_info() is not None
-
-
-def is_lost(error: BaseException) -> bool:
-    """Whether this is how the controller sees a worker that is gone."""
-    cause = getattr(error, "health_check_failure", error)
-    return isinstance(cause, ray.exceptions.RayActorError)

@@ -36,6 +36,7 @@ def fit(job: Job, config: Config, pool: Pool, use_gpu: bool) -> None:
     """
     elastic, folder, label = config.training.elastic, config.run_dir.resolve(), job.label
     scaling = PoolScaling(
+        # How many there are is the policy's business.
         num_workers=(elastic.min_workers, max(elastic.min_workers, pool.workers)),
         use_gpu=use_gpu,
         resources_per_worker=dict(pool.need),
@@ -55,7 +56,7 @@ def fit(job: Job, config: Config, pool: Pool, use_gpu: bool) -> None:
             name=f"{label.replace('/', '-')}-{time.time_ns()}",
             storage_path=str(folder / "ray_train"),
             failure_config=FailureConfig(),
-            callbacks=[Observer(folder, label), SaveOnTerminate()],
+            callbacks=[Observer(folder, label, elastic.hang_timeout), SaveOnTerminate()],
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=max(1, round(elastic.hang_timeout))),
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.train.v2._internal.execution.callback import WorkerCallback, WorkerGroupCallback
@@ -13,11 +15,15 @@ from ray.train.v2._internal.execution.worker_group.worker import Worker
 
 from unimoe_ray.training import interrupt
 from unimoe_ray.training.interrupt import PlannedRestart
-from unimoe_ray.training.recovery import START, STOP, last_step, write_event
+from unimoe_ray.training.recovery import START, STOP, last_line, last_step, write_event
 
 # What a worker says when another one is gone or does not answer.
 COLLATERAL = re.compile(r"closed by peer|reset by peer|refused|broken pipe|timed? ?out|gloo/transport|nccl", re.I)
 ANSWER_S = 2.0
+
+
+class StandstillError(Exception):
+    """No worker complains, and there is no new step."""
 
 
 class SaveOnTerminate(WorkerCallback):
@@ -28,19 +34,26 @@ class SaveOnTerminate(WorkerCallback):
 
 
 class Observer(WorkerGroupCallback):
-    """Writes the events of one run, and passes on to all workers that a node is about to be taken away."""
+    """Writes the events of one run, and passes on to all workers that a node is about to be taken away.
 
-    def __init__(self, folder: Path, run: str):
-        self._folder, self._run = folder, run
+    hang_timeout: that of collectives; a run that makes no step for twice as long, with or without them, stands still
+    """
+
+    def __init__(self, folder: Path, run: str, hang_timeout: float):
+        self._folder, self._run, self._patience = folder, run, 2 * hang_timeout
         self._workers: list[Worker] = []
         self._told = self._asked = False
+        self._came_at = self._looked = 0.0
+        self._step = 0
 
     def before_worker_group_start(self, worker_group_context: WorkerGroupContext) -> None:
         self._workers, self._told, self._asked = [], False, False
+        self._step = 0
         write_event(self._folder, self._run, START, workers=worker_group_context.num_workers)
 
     def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
         self._workers = worker_group.get_workers()
+        self._came_at = self._looked = time.monotonic()
 
     def after_worker_group_poll_status(self, worker_group_status: WorkerGroupPollStatus) -> None:
         if worker_group_status.get_preemption_info() is not None and not self._asked:
@@ -50,6 +63,20 @@ class Observer(WorkerGroupCallback):
         if worker_group_status.errors and not self._told:
             self._told = True
             self._tell(worker_group_status)
+        if not worker_group_status.errors and time.monotonic() - self._looked > self._patience / 20:
+            self._look()
+
+    def _look(self) -> None:
+        """Raises StandstillError."""
+        now = self._looked = time.monotonic()
+        line = last_line(self._folder, self._run)
+        if line.get("step", 0) != self._step or line.get("step") == line.get("steps", 0):
+            self._step, self._came_at = line.get("step", 0), now
+        if now - self._came_at > self._patience:
+            what = self._silent(range(len(self._workers)))
+            what = what or {"cause": "hang", "text": f"no new step; {self._at()}"}
+            write_event(self._folder, self._run, STOP, **what)
+            raise StandstillError(what["text"])
 
     def _tell(self, status: WorkerGroupPollStatus) -> None:
         rank, error = min(status.errors.items(), key=lambda item: (_is_collateral(item[1]), item[0]))
@@ -59,16 +86,21 @@ class Observer(WorkerGroupCallback):
         elif _is_dead(error):
             what = {"cause": "lost", "rank": rank, "text": f"{self._where(rank)} is gone; {self._at()}"}
         elif _is_collateral(error):
-            what = self._silent(status, full)
+            others = [rank for rank in status.worker_statuses if rank not in status.errors]
+            ranks = ", ".join(map(str, sorted(status.errors)))
+            what = self._silent(others) or {
+                "cause": "network",
+                "text": f"ranks {ranks} lost the connection between them; {self._at()}",
+                "traceback": full,
+            }
         else:
             text = f"{self._where(rank)}: {type(error).__name__}: {_first_line(error)}; {self._at()}"
             what = {"cause": "error", "rank": rank, "text": text, "traceback": full.rstrip()}
         write_event(self._folder, self._run, STOP, **what)
 
-    def _silent(self, status: WorkerGroupPollStatus, full: str) -> dict[str, object]:
-        """Workers complain of another one: which of those that did not is gone or hangs, and where in its code."""
-        others = {rank: self._workers[rank] for rank in status.worker_statuses if rank not in status.errors}
-        asked = {rank: worker.execute_async(interrupt.training_stack) for rank, worker in others.items()}
+    def _silent(self, ranks: Sequence[int]) -> dict[str, Any]:
+        """Which of these workers, that others complain of, is gone or hangs, and where in its code; {} if none."""
+        asked = {rank: self._workers[rank].execute_async(interrupt.training_stack) for rank in ranks}
         deadline = time.monotonic() + ANSWER_S
         for rank, answer in asked.items():
             try:
@@ -80,12 +112,7 @@ class Observer(WorkerGroupCallback):
             if stack is not None:
                 text = f"{self._where(rank)} hangs; {self._at()}"
                 return {"cause": "hang", "rank": rank, "text": text, "traceback": f"It is here:\n{stack.rstrip()}"}
-        ranks = ", ".join(map(str, sorted(status.errors)))
-        return {
-            "cause": "network",
-            "text": f"ranks {ranks} lost the connection between them; {self._at()}",
-            "traceback": full,
-        }
+        return {}
 
     def _at(self) -> str:
         return f"after step {last_step(self._folder, self._run)}"

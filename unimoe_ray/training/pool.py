@@ -21,12 +21,14 @@ CONNECT_S = 0.5
 
 @dataclass(frozen=True)
 class Pool:
-    """workers: of all runs together; least: of a run, which waits otherwise; need: resources of a worker."""
+    """workers: of all runs together; least: of a run, which waits otherwise; need: resources of a worker; side_by_side:
+    where there are more runs, each has a worker, as cores can be shared and GPUs cannot."""
 
     path: Path
     workers: int
     least: int
     need: Mapping[str, float]
+    side_by_side: bool = False
 
     def announce(self, runs: Sequence[str]) -> None:
         """These runs are not finished. For the driver."""
@@ -40,11 +42,16 @@ class Pool:
 
     def wanted(self, run: str) -> int:
         """Workers of this run if the cluster had room for all: what an autoscaler is asked for."""
-        return shares(self.workers, self.runs(), self.least).get(run, 0)
+        runs = self.runs()
+        return shares(self._most(runs), runs, self.least).get(run, 0)
 
     def share(self, run: str, nodes: Mapping[str, Mapping[str, float]]) -> int:
         """Workers of this run in a cluster of ``nodes`` (resources by id); 0: it waits for others to finish."""
-        return shares(min(self.workers, self.room(nodes)), self.runs(), self.least).get(run, 0)
+        runs = self.runs()
+        return shares(min(self._most(runs), self.room(nodes)), runs, self.least).get(run, 0)
+
+    def _most(self, runs: Sequence[str]) -> int:
+        return max(self.workers, len(runs)) if self.side_by_side else self.workers
 
     def room(self, nodes: Mapping[str, Mapping[str, float]]) -> int:
         """Workers that fit."""

@@ -47,15 +47,20 @@ def read_lines(path: Path, run: str) -> Iterator[dict[str, Any]]:
                     yield found
 
 
-def last_step(folder: Path, run: str) -> int:
-    """The step that the run has come to, from the end of its metrics; 0 if it has none there."""
+def last_line(folder: Path, run: str) -> dict[str, Any]:
+    """That of the step that the run has come to, from the end of its metrics; {} if it has none there."""
     path = folder / METRICS
     if not path.is_file():
-        return 0
+        return {}
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-        lines = [_parsed(line) for line in file]
-    return max((line.get("step", 0) for line in lines if line and line.get("run") == run), default=0)
+        lines = [line for line in map(_parsed, file) if line and line.get("run") == run]
+    return max(lines, key=lambda line: line["step"], default={})
+
+
+def last_step(folder: Path, run: str) -> int:
+    """0 without any."""
+    return last_line(folder, run).get("step", 0)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -99,12 +99,12 @@ def _fit_all(
     """All at once, as far as there are workers; those of a finished run go to the others. The errors of those that
     failed, by label."""
     running = [job.label for job in jobs]
-    # Cores are shared by the operating system; a GPU belongs to one run at a time.
     pool = Pool(
         path=config.run_dir.resolve() / "ray_train" / "pool.json",
-        workers=workers if use_gpu else max(workers, len(jobs)),
+        workers=workers,
         least=config.training.elastic.min_workers,
         need={"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1},
+        side_by_side=not use_gpu,
     )
     pool.announce(running)
     errors: dict[str, BaseException] = {}
