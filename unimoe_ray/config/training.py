@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from unimoe_ray.config.base import Strict
+from unimoe_ray.config.elastic import ElasticConfig
 from unimoe_ray.config.model import MODALITIES
 
 STAGES = ("base", "align", "experts", "tune")
@@ -171,8 +172,9 @@ class TrainingConfig(Strict):
     """How the work is laid out over the cluster, and the engine's settings."""
 
     workers: int | Literal["auto"] = Field(
-        "auto", description="Ray Train workers of a stage; auto: one per GPU or core"
+        "auto", description="Ray Train workers of a stage, where there is room; auto: one per GPU or core"
     )
+    elastic: ElasticConfig = ElasticConfig()
     threads_per_worker: int = Field(1, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -204,3 +206,6 @@ class EvaluationConfig(Strict):
     batch_size: int = Field(64, ge=1)
     max_new_tokens: int = Field(16, ge=1)
     limit: int | None = Field(None, ge=1, description="answers per task; all if not given")
+    benchmarks: dict[str, str] = Field(
+        {}, description="published benchmarks that the evaluation job answers too: name to the folder of its files"
+    )

@@ -37,7 +37,7 @@ def collate(
     row_tokens: int = 0,
 ) -> Arrays:
     """Arrays of one micro-batch: input_ids, labels [B, S] int64, mask [B, S] bool, and per modality
-    ``<modality>.values`` [windows, N, D] fp16, ``.lengths`` and ``.owner`` [windows] int64.
+    ``<modality>.values`` [windows, N, D] in the store's dtype, ``.lengths`` and ``.owner`` [windows] int64.
 
     ``features`` gives the stored features of a ``<kind>/<content key>``. No samples give one row of padding only.
     row_tokens: samples share rows of up to so many tokens (``layout.pack``); then there is ``positions`` [B, S] int64
@@ -89,7 +89,7 @@ def stack_features(modality: str, files: list[StoredFeatures]) -> Arrays:
     """The arrays of one modality in a micro-batch (see ``collate``)."""
     n = max(f.values.shape[1] for f in files)
     windows = sum(f.values.shape[0] for f in files)
-    values = np.zeros((windows, n, files[0].values.shape[2]), np.float16)
+    values = np.zeros((windows, n, files[0].values.shape[2]), files[0].values.dtype)
     owner = np.zeros(windows, np.int64)
     start = 0
     for index, file in enumerate(files):

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data import Dataset
+from ray.data import ActorPoolStrategy, Dataset
 
 from unimoe_ray.data.batch import Arrays, collate, from_bytes, samples_in, to_bytes
 from unimoe_ray.data.layout import split_step
 from unimoe_ray.data.plan import Order, Plan
-from unimoe_ray.data.samples import SampleTable, Source, Span
+from unimoe_ray.data.samples import PreparedSample, SampleTable, Source, Span
 from unimoe_ray.data.store import FeatureStore, StoredFeatures
+from unimoe_ray.data.stream import Stream, streamer
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def rank_dataset(source: Source, order: Order, layout: Layout, steps_per_block: 
     steps = total_steps(source, order) - first_step
     numbers = ray.data.range(steps, override_num_blocks=-(-steps // steps_per_block))
     return numbers.map_batches(
-        collate_planned,
+        **({"fn": collate_planned} if source.stream is None else stream_actors(source.stream)),
         fn_kwargs={"source": source, "order": order, "layout": layout, "first_step": first_step},
         batch_format="pyarrow",
         batch_size=None,
@@ -98,14 +100,42 @@ def collate_planned(block: pa.Table, source: Source, order: Order, layout: Layou
     for step, micro_batches in zip(steps, planned_micro_batches(source, order, layout, steps), strict=True):
         for rows in micro_batches:
             prepared = [table.get(int(row)) for row in rows]
-            arrays = collate(prepared, lambda name: read_features(source, name), row_tokens=layout.row_tokens)
+            arrays = collate(prepared, features_of(source, prepared), row_tokens=layout.row_tokens)
             payloads.append(to_bytes(arrays))
             numbers.append(step)
     return pa.table({"step": pa.array(numbers, pa.int64()), "payload": pa.array(payloads, pa.large_binary())})
 
 
+def features_of(source: Source, samples: list[PreparedSample]) -> Callable[[str], StoredFeatures]:
+    """What ``collate`` reads the features of these samples with."""
+    if source.stream is None:
+        return partial(read_features, source)
+    return streamer(source.stream)(name for sample in samples for name in sample.media).__getitem__
+
+
+class StreamedCollate:
+    """``collate_planned`` in an actor, whose process keeps the towers."""
+
+    def __init__(self) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+
+    def __call__(self, block: pa.Table, **planned: Any) -> pa.Table:
+        return collate_planned(block, **planned)
+
+
+def stream_actors(stream: Stream) -> dict[str, Any]:
+    """For ``map_batches``: the pool of actors that encode and collate for one rank."""
+    data = stream.settings.data
+    pool = ActorPoolStrategy(min_size=1, max_size=data.stream_actors)
+    return {"fn": StreamedCollate, "compute": pool, "num_gpus": data.stream_gpus or None}
+
+
 def read_features(source: Source, name: str) -> StoredFeatures:
-    """Stored features of ``<kind>/<content key>``."""
+    """Features of ``<kind>/<content key>``."""
+    if source.stream is not None:
+        return streamer(source.stream)([name])[name]
     kind, key = name.split("/")
     return _store(source.partitions[kind]).get(key)
 

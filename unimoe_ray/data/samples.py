@@ -6,11 +6,15 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from unimoe_ray.data.columns import Column, Rows
+
+if TYPE_CHECKING:
+    from unimoe_ray.data.stream import Stream
 
 # What a batch of the file holds at most: a hundred megabytes or two while it is made.
 BATCH_ROWS, BATCH_TOKENS = 65_536, 2**22
@@ -56,11 +60,13 @@ class Span:
 
 @dataclass(frozen=True)
 class Source:
-    """Where prepared samples and features lie. ``partitions`` maps a modality to its folder in the store."""
+    """Where prepared samples and features lie. ``partitions`` maps a modality to its folder in the store; ``stream``
+    makes the features where the store has none."""
 
     samples: str
     partitions: dict[str, str]
     spans: tuple[Span, ...] = ()
+    stream: Stream | None = None
 
 
 class SampleWriter:
