@@ -65,16 +65,24 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("stage", choices=[*STAGES, "all"], metavar="STAGE", help=f"{', '.join(STAGES)} or all")
     _with_config(train).set_defaults(run=_train)
 
-    evaluate = commands.add_parser("eval", help="answer the held-out questions of a run")
+    evaluate = commands.add_parser("eval", help="answer a run's held-out questions, or those of a benchmark")
     _with_run(evaluate)
     evaluate.add_argument("--task", action="append", metavar="NAME", help="only this task (repeatable)")
-    evaluate.add_argument("--split", choices=["test", "dev"], default="test")
+    evaluate.add_argument("--split", metavar="SPLIT", help="test (default) or dev; of a benchmark, as it calls them")
     evaluate.add_argument(
         "--stage", choices=["base", "align", "tune"], help="the model after this stage (default: last)"
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
     evaluate.add_argument(
         "--routing", type=Path, metavar="FILE", help="write the experts and weights of every prompt token (Parquet)"
+    )
+    published = evaluate.add_argument_group("published benchmarks")
+    published.add_argument("--benchmark", metavar="NAME", help="vqav2, mmbench, clotho, ...; 'list' shows all")
+    published.add_argument("--data", type=Path, metavar="DIR", help="the benchmark's own files")
+    published.add_argument("--media", type=Path, metavar="DIR", help="its pictures, sounds, videos (default: --data)")
+    published.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    published.add_argument(
+        "--decoding", choices=["greedy", "published"], default="greedy", help="as the paper's code decodes, or greedy"
     )
     evaluate.set_defaults(run=_eval)
 
@@ -133,7 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     from unimoe_ray.kuberay import commands as kubernetes
+    from unimoe_ray.submission import commands as submission
 
+    submission.add_to(commands)
     kubernetes.add_to(commands)
     return parser
 
@@ -211,7 +221,15 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    if arguments.benchmark is not None:
+        return _eval_benchmark(arguments)
     settings = config.load_run(arguments.run_folder)
+    for name in ("data", "media", "limit"):
+        if getattr(arguments, name) is not None:
+            raise UsageError(f"--{name} belongs to --benchmark")
+    split = arguments.split or "test"
+    if split not in ("test", "dev"):
+        raise UsageError(f"--split {split}: allowed: test, dev")
     if arguments.routing and not arguments.routing.absolute().parent.is_dir():
         raise UsageError(f"--routing {arguments.routing}: there is no folder {arguments.routing.parent}")
     from rich.console import Console
@@ -226,18 +244,54 @@ def _eval(arguments: argparse.Namespace) -> int:
         result = pipeline.evaluate(
             settings,
             progress,
-            split=arguments.split,
+            split=split,
             tasks=arguments.task,
             stage=arguments.stage,
             routing_file=arguments.routing,
         )
     stamp = pipeline.stamp(settings, time.perf_counter() - started)
-    if not (arguments.task or arguments.stage or arguments.split != "test"):
+    if not (arguments.task or arguments.stage or split != "test"):
         write_evaluation(settings.run_dir, result, stamp)
     if arguments.json:
         print(json.dumps({"tasks": result.tasks} | stamp))
     else:
         Console().print(accuracy_table(settings, result.tasks))
+    return 0
+
+
+def _eval_benchmark(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from unimoe_ray.evaluation.benchmarks import BENCHMARKS, find_benchmark, open_folder
+
+    if arguments.benchmark == "list":
+        for known in BENCHMARKS.values():
+            print(f"{known.name:15} {known.title}; {'|'.join(known.splits)}\n{'':15} {known.files}")
+        return 0
+    settings = config.load_run(arguments.run_folder)
+    for name in ("task", "routing"):
+        if getattr(arguments, name) is not None:
+            raise UsageError(f"--{name} does not go with --benchmark")
+    benchmark, split = find_benchmark(arguments.benchmark, arguments.split)
+    if arguments.data is None:
+        raise UsageError(f"--benchmark {benchmark.name} needs --data DIR, a folder with {benchmark.files}")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UsageError(f"--limit {arguments.limit}: allowed: from 1")
+    folder = open_folder(benchmark, arguments.data, arguments.media)
+    from unimoe_ray import cluster, pipeline
+    from unimoe_ray.evaluation.benchmark import Task, decoding_of
+    from unimoe_ray.progress import TrainProgress
+    from unimoe_ray.tables import benchmark_table
+
+    task = Task(benchmark, folder, split, decoding_of(benchmark, arguments.decoding), arguments.limit)
+    with cluster.connect(settings), TrainProgress(Console(stderr=True)) as progress:
+        result = pipeline.evaluate_benchmark(settings, progress, task, stage=arguments.stage)
+        for path in result.submission:
+            progress.message(f"for the benchmark's own scoring: {path}")
+    if arguments.json:
+        print((result.folder / "result.json").read_text(encoding="utf-8"))
+    else:
+        Console().print(benchmark_table(settings, task, result))
     return 0
 
 

@@ -25,6 +25,7 @@ from unimoe_ray.data.pretrained import load_pretrained_tokenizer
 from unimoe_ray.data.sources import absolute, sources_of
 from unimoe_ray.data.tokenizer import load_tokenizer
 from unimoe_ray.errors import UnimoeError
+from unimoe_ray.evaluation import benchmark as benchmarking
 from unimoe_ray.evaluation import evaluate as evaluating
 from unimoe_ray.evaluation.evaluate import Evaluation
 from unimoe_ray.llama import checkpoint_of
@@ -37,6 +38,8 @@ from unimoe_ray.tables import check_summary
 from unimoe_ray.towers import TOWERS, load_tower, load_towers, sketch_tower
 from unimoe_ray.training import checkpoint
 from unimoe_ray.training.checkpoint import ModelInfo
+
+SHOWN_FAULTS = 5  # questions without an answer that are named on the terminal
 
 
 @contextmanager
@@ -166,8 +169,10 @@ def _train_stage(config: Config, stage: str, progress: TrainProgress) -> None:
 
 
 def follow_runs(run_dir: Path, progress: TrainProgress) -> Callable[[Path, list[str]], None]:
-    """For ``run_stage``: shows the steps and the findings of its runs."""
-    lines, findings = (follow_metrics(run_dir / name) for name in ("metrics.jsonl", "findings.jsonl"))
+    """For ``run_stage``: shows the steps, the findings and the failures of its runs, a traceback once."""
+    files = ("metrics.jsonl", "findings.jsonl", "events.jsonl")
+    lines, findings, events = (follow_metrics(run_dir / name) for name in files)
+    shown: set[str] = set()
 
     def follow(_: Path, labels: list[str]) -> None:
         for line in lines():
@@ -176,6 +181,12 @@ def follow_runs(run_dir: Path, progress: TrainProgress) -> Callable[[Path, list[
         for finding in findings():
             if finding["run"] in labels:
                 progress.message(f"{finding['run']}, step {finding['step']}: {finding['text']}")
+        for event in events():
+            if event["run"] in labels and "text" in event:
+                progress.message(f"{event['run']}: {event['text']}")
+                if (traceback := event.get("traceback")) and traceback not in shown:
+                    shown.add(traceback)
+                    progress.message(traceback)
 
     return follow
 
@@ -239,6 +250,31 @@ def evaluate(
         on_progress=lambda done, total: progress.count("answering held-out questions", done, total),
         routing_file=routing_file,
     )
+
+
+def evaluate_benchmark(
+    config: Config, progress: TrainProgress, task: benchmarking.Task, *, stage: str | None = None
+) -> benchmarking.Result:
+    """Answers of the run's last finished model to a benchmark's questions, and their score."""
+    model_dir = evaluating.final_model(config, stage)
+    ask = benchmarking.ray_workers(
+        config, model_dir, task.decoding, workers=cluster.workers(config), use_gpu=cluster.uses_gpu(config)
+    )
+    what = f"answering {task.benchmark.title}"
+    result = benchmarking.run_benchmark(
+        config, model_dir, task, ask, lambda done, total: progress.count(what, done, total)
+    )
+    progress.message(
+        f"{result.questions - len(result.unusable)} of {result.questions} questions answered "
+        f"({result.asked} asked now, {result.cut} answers cut off at {task.decoding.max_new_tokens} tokens)"
+    )
+    for fault in result.unusable[:SHOWN_FAULTS]:
+        progress.message(f"unusable: {fault['id']}: {fault['reason']}")
+    if len(result.unusable) > SHOWN_FAULTS:
+        progress.message(
+            f"... and {len(result.unusable) - SHOWN_FAULTS} more, all in {result.folder / 'unusable.jsonl'}"
+        )
+    return result
 
 
 def stamp(config: Config, seconds: float) -> dict[str, Any]:

@@ -64,10 +64,12 @@ def is_record_file(url: str) -> bool:
     return posixpath.splitext(url)[1].lower() in _FORMATS
 
 
-def read_json(url: str) -> Iterator[Raw]:
-    """A JSON list: its elements one by one, the text in pieces."""
+def read_json(url: str, key: str | None = None) -> Iterator[Raw]:
+    """A JSON list: its elements one by one, the text in pieces. key: the list that the file's object has under it."""
     with open_file(url) as file:
         text = _Text(file, url)
+        if key is not None:
+            text.enter(key)
         if text.peek() != "[":
             raise text.no_list()
         text.position += 1
@@ -85,7 +87,7 @@ def read_json(url: str) -> Iterator[Raw]:
             text.position += 1
             text.peek()
         text.position += 1
-        if text.peek():
+        if key is None and text.peek():
             raise text.broken(index, "there is more after the list")
 
 
@@ -197,6 +199,24 @@ class _Text:
             except ValueError as error:
                 if len(self.text) - self.position > MAX_RECORD or not self.more():
                     raise self.broken(index, getattr(error, "msg", str(error))) from None
+
+    def enter(self, key: str) -> None:
+        """Goes to the value that the object at ``position`` has under ``key``; what stands before it is skipped."""
+        mark = "{"
+        while self.peek() == mark:
+            self.position += 1
+            if self.peek() != '"':
+                break
+            name = self.value(0)
+            if self.peek() != ":":
+                break
+            self.position += 1
+            if name == key:
+                return
+            self.peek()
+            self.value(0)
+            mark = ","
+        raise UsageError(f"{self.url}: must hold a JSON object with a list under '{key}'")
 
     def broken(self, index: int, why: str) -> UsageError:
         return UsageError(f"{self.url}: not valid JSON at record {index} ({why})")
