@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
@@ -127,26 +128,40 @@ def cluster():
     ray.shutdown()
 
 
-def test_workers_share_the_questions_and_a_dead_one_is_replaced(cluster, config, tmp_path, monkeypatch):
+@pytest.fixture
+def shared(config, tmp_path, monkeypatch):
+    """A task of 20 questions, asked one by one, how two workers ask it, and the files of one process alone."""
     monkeypatch.setattr(running, "CHUNK", 1)
     what = task("vqav2", coco_vqa(tmp_path / "vqav2", count=10))
     alone = run(config, what)
     before = contents(alone.folder)
     shutil.rmtree(alone.folder)
-    ask = ray_workers(config, final_model(config), what.decoding, workers=2, use_gpu=False)
+    return what, ray_workers(config, final_model(config), what.decoding, workers=2, use_gpu=False), before
+
+
+def test_workers_share_the_questions(cluster, config, shared):
+    what, ask, before = shared
+    found = run_benchmark(config, final_model(config), what, ask)
+    assert found.asked == 20 and contents(found.folder) == before
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_replaced(cluster, config, shared):
+    what, ask, before = shared
     killed = []
 
     def kill_one(done: int, total: int) -> None:
         if done == 4:
-            pids = [actor["pid"] for actor in ray.util.state.list_actors() if actor["state"] == "ALIVE"]
-            os.kill(pids[0], signal.SIGKILL)
-            killed.append(len(pids))
+            mine = psutil.Process().children(recursive=True)
+            actors = [process for process in mine if process.cmdline()[:1] and "Answerer" in process.cmdline()[0]]
+            actors[0].kill()
+            killed.append(len(actors))
 
     found = run_benchmark(config, final_model(config), what, ask, kill_one)
-    assert killed == [2] and found.asked == 20
-    assert contents(found.folder) == before
+    assert killed == [2] and found.asked == 20 and contents(found.folder) == before
 
 
+@pytest.mark.slow
 def test_a_model_of_other_towers_is_refused_in_one_line(cluster, config, tmp_path):
     path = final_model(config) / "config.json"
     manifest = path.with_name("manifest.json")
