@@ -55,7 +55,7 @@ demo: $(STAMP)
 	@$(PY) -m jobs.pipeline --config mini
 
 test: $(STAMP)
-	@$(PY) -m pytest -m "not slow"
+	@$(PY) -m pytest -m "not slow" -n 2 --dist loadgroup
 
 slow: $(STAMP)
 	@$(PY) tests/run_slow.py $(SLOW)

@@ -12,6 +12,17 @@ import pytest
 
 from tests.tiny import TinyRun, make_tiny_run
 
+# Folders whose tests start Ray clusters, which have fixed ports and need the machine: one at a time.
+CLUSTERS = {"chaos", "distributed", "serving"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one group run in one process, one after another, when several processes share the tests."""
+    for item in items:
+        folder = item.path.parent.name
+        group = "clusters" if folder in CLUSTERS else folder if folder == "kubernetes" else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
 
 @pytest.fixture
 def tiny_run(tmp_path) -> TinyRun:

@@ -141,7 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     from unimoe_ray.kuberay import commands as kubernetes
+    from unimoe_ray.submission import commands as submission
 
+    submission.add_to(commands)
     kubernetes.add_to(commands)
     return parser
 

@@ -103,6 +103,16 @@ def uses_gpu(config: Config) -> bool:
     return config.training.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1
 
 
+def decoders(config: Config) -> int:
+    """Threads that decode media beside each GPU that encodes them: its share of the cluster's CPUs. 1 without GPUs."""
+    import ray
+
+    if not uses_gpu(config):
+        return 1
+    resources = ray.cluster_resources()
+    return max(1, min(int((resources.get("CPU", 1) - DATA_CPUS) // resources["GPU"]), 16))
+
+
 def _quiet() -> None:
     """Fewer warnings that no user can act on; set before Ray is imported."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

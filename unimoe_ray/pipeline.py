@@ -6,7 +6,7 @@ import fcntl
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,25 +72,18 @@ def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
     """The suite (for the embedded default), the feature store and the tokenised samples."""
     suite = mini.suite(config, progress.message) if config.data.is_mini else None
     towers = load_towers(config)
-    dims = {modality: towers[TOWER_OF[modality]].feature_dim for modality in MODALITIES}
-    settings = EncodeSettings(
-        root=str(Path(config.data.dir).resolve() / "features"),
-        fingerprints={m: _fingerprint(config, m, towers[TOWER_OF[m]].fingerprint()) for m in MODALITIES},
-        frames=config.model.video.frames,
-        data=config.data,
-        load_tower=partial(load_tower, config),
-    )
     connectors = {
-        m: build_connector(m, dims[m], 1, config.model.connector_of(m), config.model.video) for m in MODALITIES
+        m: build_connector(m, towers[TOWER_OF[m]].feature_dim, 1, config.model.connector_of(m), config.model.video)
+        for m in MODALITIES
     }
-    del towers
     result = preparing.prepare(
         with_checkpoint(config, progress.message),
         sources_of(absolute(config.data), suite and suite.resolve()),
-        settings,
+        replace(encode_settings(config), threads=cluster.decoders(config), gpu=cluster.uses_gpu(config)),
         lambda kind, lengths: connectors[kind].soft_tokens(lengths),
         cluster.workers(config),
         progress.count,
+        progress.message,
     )
     total = sum(sum(tasks.values()) for tasks in result.samples.values())
     progress.message(
@@ -105,6 +98,19 @@ def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
             f"{first['split']} {first['id']}: {first['what']}); all in {path}"
         )
     return result
+
+
+def encode_settings(config: Config) -> EncodeSettings:
+    """How the media of a run are encoded, on CPUs. Loads the towers."""
+    towers = load_towers(config)
+    return EncodeSettings(
+        root=str(Path(config.data.dir).resolve() / "features"),
+        fingerprints={m: _fingerprint(config, m, towers[TOWER_OF[m]].fingerprint()) for m in MODALITIES},
+        frames=config.model.video.frames,
+        data=config.data,
+        load_tower=partial(load_tower, config),
+        sketch_tower=partial(sketch_tower, config),
+    )
 
 
 def check(config: Config, progress: TrainProgress) -> bool:
@@ -150,7 +156,7 @@ def _train_stage(config: Config, stage: str, progress: TrainProgress) -> None:
         config,
         stage,
         info,
-        preparing.source(config, "train"),
+        preparing.source(config, "train", encode_settings(config)),
         preparing.tokenizer_path(config),
         workers=cluster.workers(config),
         use_gpu=cluster.uses_gpu(config),
@@ -163,8 +169,10 @@ def _train_stage(config: Config, stage: str, progress: TrainProgress) -> None:
 
 
 def follow_runs(run_dir: Path, progress: TrainProgress) -> Callable[[Path, list[str]], None]:
-    """For ``run_stage``: shows the steps and the findings of its runs."""
-    lines, findings = (follow_metrics(run_dir / name) for name in ("metrics.jsonl", "findings.jsonl"))
+    """For ``run_stage``: shows the steps, the findings and the failures of its runs, a traceback once."""
+    files = ("metrics.jsonl", "findings.jsonl", "events.jsonl")
+    lines, findings, events = (follow_metrics(run_dir / name) for name in files)
+    shown: set[str] = set()
 
     def follow(_: Path, labels: list[str]) -> None:
         for line in lines():
@@ -173,6 +181,12 @@ def follow_runs(run_dir: Path, progress: TrainProgress) -> Callable[[Path, list[
         for finding in findings():
             if finding["run"] in labels:
                 progress.message(f"{finding['run']}, step {finding['step']}: {finding['text']}")
+        for event in events():
+            if event["run"] in labels and "text" in event:
+                progress.message(f"{event['run']}: {event['text']}")
+                if (traceback := event.get("traceback")) and traceback not in shown:
+                    shown.add(traceback)
+                    progress.message(traceback)
 
     return follow
 

@@ -56,8 +56,8 @@ class TrainProgress:
         self._show(run, int(metrics["step"]), total, metrics.get("loss"), metrics.get("tokens_per_s"))
 
     def count(self, what: str, done: int, total: int | None) -> None:
-        """Progress of anything that is counted: ``done`` of ``total``, None while that is not known. The line ends by
-        itself at ``total``."""
+        """Progress of anything that is counted, with its rate: ``done`` of ``total``, None while that is not known. The
+        line ends by itself at ``total``."""
         self._show(what, done, total or 0, None, None)
         if total is not None and done >= total:
             self.done(what)
@@ -124,21 +124,28 @@ class _Row:
         while len(self.marks) > 2 and now - self.marks[0][0] > RATE_WINDOW_S:
             self.marks.pop(0)
 
-    def seconds_left(self) -> float | None:
-        """From the rate of the last minute; None until it is known."""
-        if not self.total or not self.marks or self.step <= self.marks[0][1]:
+    def rate(self) -> float | None:
+        """Steps per second over the last minute; None until it is known."""
+        if len(self.marks) < 2:
             return None
-        begun, at = self.marks[0]
-        return (self.total - self.step) * (self.marks[-1][0] - begun) / max(self.marks[-1][1] - at, 1) or None
+        (begun, first), *_, (until, last) = self.marks
+        return (last - first) / (until - begun) if last > first else None
+
+    def seconds_left(self) -> float | None:
+        rate = self.rate()
+        return (self.total - self.step) / rate if self.total and rate else None
 
     def facts(self) -> list[str]:
-        """step, loss, tokens/s and time, each of a fixed width so that lines stay aligned."""
+        """step, loss, tokens/s (of what is only counted: how many a second) and time, each of a fixed width so that
+        lines stay aligned."""
         width = len(str(self.total))
         parts = [f"{self.step:>{width}}/{self.total}" if self.total else str(self.step)]
         if self.loss is not None:
             parts.append(f"loss {self.loss:7.4f}")
         if self.tokens_per_s is not None:
             parts.append(f"{_thousands(self.tokens_per_s):>6} tokens/s")
+        elif self.loss is None and (rate := self.rate()) is not None:
+            parts.append(f"{_thousands(rate) if rate >= 10 else f'{rate:.1f}':>5}/s")
         if self.finished or 0 < self.total <= self.step:
             parts.append(f"in {_clock(time.monotonic() - self.started)}")
         elif (left := self.seconds_left()) is not None:

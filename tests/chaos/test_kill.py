@@ -1,4 +1,4 @@
-"""kill -9 of the driver in the middle of stage 2; the same command goes on and redoes no finished run."""
+"""kill -9 of the driver in the middle of stage 2; the same command goes on, and redoes no finished run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests.tiny import make_tiny_run
+from unimoe_ray.checkpoint.states import latest, states_folder
 from unimoe_ray.training.checkpoint import checkpoint_dir
 
 STEPS = 150
@@ -24,10 +25,13 @@ def _start(state: Path) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
 
 
-def _steps(metrics: Path, run: str) -> list[int]:
+def _lines(metrics: Path, run: str) -> list[dict]:
     lines = metrics.read_text().splitlines() if metrics.is_file() else []
-    parsed = [json.loads(line) for line in lines if line.endswith("}")]
-    return [line["step"] for line in parsed if line["run"] == run]
+    return [line for line in (json.loads(line) for line in lines if line.endswith("}")) if line["run"] == run]
+
+
+def _steps(metrics: Path, run: str) -> list[int]:
+    return [line["step"] for line in _lines(metrics, run)]
 
 
 @pytest.mark.slow
@@ -44,17 +48,23 @@ def test_killed_driver_goes_on_from_finished_runs(tmp_path):
 
     driver = _start(state)
     deadline = time.monotonic() + 300
-    while not (all(path.is_file() for path in finished) and _steps(metrics, "experts/speech")):
+    while not (all(path.is_file() for path in finished) and latest(run.config, "experts", "speech")):
         assert driver.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     cluster = psutil.Process(driver.pid).children(recursive=True)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     assert len(_steps(metrics, "experts/speech")) < STEPS
+    committed, killed_at = latest(run.config, "experts", "speech"), time.time()
     times = [path.stat().st_mtime_ns for path in finished]
     output, _ = _start(state).communicate(timeout=300)
     assert output.split("trained")[-1].split() == ["experts/speech"]
-    assert _steps(metrics, "experts/speech") == list(range(1, STEPS + 1))
+    lines = _lines(metrics, "experts/speech")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert sum(line["time"] < killed_at for line in lines) == committed
+    written = [line["checkpoint"] for line in lines if "checkpoint" in line]
+    assert all(state["bytes"] > 0 and state["step"] % 20 == 0 for state in written)
+    assert not states_folder(run.config, "experts", "speech").names()
     assert [path.stat().st_mtime_ns for path in finished] == times
     # Nothing of the cluster outlives its driver for long (two agents of Ray notice it after about 40 s).
     gone, alive = psutil.wait_procs(cluster, timeout=120)

@@ -14,8 +14,8 @@ import torch.multiprocessing as mp
 from tests.tiny import TinyRun, make_tiny_run
 from unimoe_ray.data import prepare
 from unimoe_ray.data.batch import collate
-from unimoe_ray.data.loader import planned_micro_batches, read_features
-from unimoe_ray.data.plan import Mixture, step_samples
+from unimoe_ray.data.loader import Layout, planned_micro_batches, read_features
+from unimoe_ray.data.plan import Order
 from unimoe_ray.data.samples import SampleTable
 from unimoe_ray.model.unimoe import to_batch
 from unimoe_ray.training.engine import backward_step, initialize, learning_rate_factor
@@ -38,9 +38,9 @@ def _model(run: TinyRun, stage: str, name: str):
     return model, groups
 
 
-def _mixture(run: TinyRun, stage: str, name: str) -> Mixture:
-    table = SampleTable(Path(prepare.source(run.config, "train").samples))
-    return Mixture.build(getattr(run.config.stages, stage)[name].tasks, table.by_task())
+def _order(run: TinyRun, stage: str, name: str) -> Order:
+    settings = getattr(run.config.stages, stage)[name]
+    return Order(tuple(settings.tasks.items()), settings.batch_size, SEED, settings.steps)
 
 
 def _reference(run: TinyRun, stage: str, name: str) -> tuple[dict, dict]:
@@ -58,13 +58,14 @@ def _reference(run: TinyRun, stage: str, name: str) -> tuple[dict, dict]:
     )
     trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
     first = {}
-    for number, samples in enumerate(
-        step_samples(_mixture(run, stage, name), settings.steps, settings.batch_size, SEED)
-    ):
+    plan = _order(run, stage, name).plan(table)
+    for number in range(plan.steps):
         for group, g in zip(optimizer.param_groups, groups, strict=True):
             group["lr"] = g.lr * learning_rate_factor(number, settings.steps, config)
         optimizer.zero_grad()
-        batches = [to_batch(collate([table.get(int(row))], lambda n: read_features(source, n))) for row in samples]
+        batches = [
+            to_batch(collate([table.get(int(row))], lambda n: read_features(source, n))) for row in plan.samples(number)
+        ]
         answers = sum(int((b.labels >= 0).sum()) for b in batches)
         for batch in batches:
             (model(batch).token_loss / answers).backward()
@@ -93,14 +94,7 @@ def _train(rank: int, world: int, run: TinyRun, stage: str, name: str) -> dict:
     model, groups = _model(run, stage, name)
     engine = initialize(model, groups, run.config.training, settings.weight_decay, torch.device("cpu"))
     plan = planned_micro_batches(
-        source,
-        _mixture(run, stage, name),
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        seed=SEED,
-        rank=rank,
-        world=world,
-        max_tokens=48,
+        source, _order(run, stage, name), Layout(rank, world, max_tokens=48), range(settings.steps)
     )
     grads, modalities = {}, []
     for number, micros in enumerate(plan):

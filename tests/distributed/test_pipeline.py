@@ -1,20 +1,22 @@
-"""The main job on the tiny suite, submitted to a real Ray cluster; then evaluation and chat from the command line."""
+"""Jobs submitted to a real Ray cluster: the main one on the tiny suite, with evaluation and chat after it; others that
+fail, are left and are stopped."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
+import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from ray.job_submission import JobStatus, JobSubmissionClient
 
+from tests.unit.test_cli import prints
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.mini.assets import fetch
 
@@ -31,10 +33,6 @@ def _free_port() -> int:
 
 @pytest.fixture(scope="module")
 def dashboard():
-    try:
-        fetch(debian_packages=False)
-    except UnimoeError as error:
-        pytest.skip(f"mini assets can't be had: {error}")
     port = _free_port()
     cluster = Cluster(
         initialize_head=True,
@@ -52,28 +50,38 @@ def dashboard():
     cluster.shutdown()
 
 
-def _unimoe(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+def _start(*arguments: str, cwd: Path) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
     command = [sys.executable, "-m", "unimoe_ray.cli", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def _unimoe(*arguments: str, cwd: Path, seconds: float = 200) -> subprocess.CompletedProcess:
+    with _start(*arguments, cwd=cwd) as process:
+        try:
+            out, err = process.communicate(timeout=seconds)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @pytest.mark.timeout(700)
-def test_main_job_under_ray_job_submit(dashboard, tmp_path):
+def test_main_job(dashboard, tmp_path):
+    """Out of a folder that is no checkout, whose runs/ and data/ then have the results."""
+    try:
+        fetch(debian_packages=False)
+    except UnimoeError as error:
+        pytest.skip(f"mini assets can't be had: {error}")
     steps = ["stages.base.base", "stages.align.align", "stages.tune.tune"]
     steps += [f"stages.experts.{name}" for name in ("image", "speech", "audio")]
-    overrides = ["mini.scale=tiny", f"runs_dir={tmp_path}/runs", f"data.dir={tmp_path}/data", "evaluation.limit=8"]
-    overrides += [f"{step}.steps=2" for step in steps]
-    client = JobSubmissionClient(dashboard)
-    job = client.submit_job(
-        entrypoint=f"{sys.executable} -m jobs.pipeline --config mini {' '.join(overrides)}",
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}},
-    )
-    deadline = time.monotonic() + 500
-    while not (status := client.get_job_status(job)).is_terminal():
-        assert time.monotonic() < deadline, client.get_job_logs(job)
-        time.sleep(1)
-    assert status == JobStatus.SUCCEEDED, client.get_job_logs(job)
+    overrides = ["mini.scale=tiny", "evaluation.limit=8", *(f"{step}.steps=2" for step in steps)]
+    submitted = ["submit", "jobs/pipeline.py", "--address", dashboard, *overrides]
+    done = _unimoe(*submitted, cwd=tmp_path, seconds=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"report: {tmp_path}/runs/mini/report/index.html" in done.stdout
+    assert done.stderr.count("\n") == 2 and "succeeded after" in done.stderr.splitlines()[1], done.stderr
 
     run = tmp_path / "runs" / "mini"
     result = json.loads((run / "eval.json").read_text())
@@ -96,3 +104,42 @@ def test_main_job_under_ray_job_submit(dashboard, tmp_path):
     asked = _unimoe("chat", str(run), *files, "answer the question", "--json", cwd=tmp_path)
     assert asked.returncode == 0, asked.stderr
     assert isinstance(json.loads(asked.stdout)["answer"], str)
+
+
+def test_a_job_that_fails_ends_as_it_does(dashboard, tmp_path):
+    """Its mistake is in the output, once; the variable and the neighbouring module have come along."""
+    (tmp_path / "mine.py").write_text(
+        "import os, sys, words\nprint(os.environ['GIVEN'], sys.argv[1:])\nsys.exit(words.REASON)\n"
+    )
+    (tmp_path / "words.py").write_text("REASON = 2\n")
+    done = _unimoe("submit", "mine.py", "seed=1", "--env", "GIVEN=here", "--address", dashboard, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    given = ["--config", "mini", "seed=1", f"runs_dir={tmp_path}/runs", f"data.dir={tmp_path}/data"]
+    assert done.stdout.splitlines()[-1] == f"here {given}"
+    assert shlex.join([sys.executable, "mine.py", *given]) in done.stdout
+    assert done.stderr.splitlines()[-1].split(" after ")[0].endswith("failed with exit code 2")
+
+
+def test_ctrl_c_leaves_a_job_that_others_can_follow_and_stop(dashboard, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", dashboard)
+    (tmp_path / "wait.py").write_text("import time\nprint('it has begun', flush=True)\ntime.sleep(300)\n")
+    with _start("submit", "wait.py", cwd=tmp_path) as process:
+        try:
+            while "it has begun" not in process.stdout.readline():
+                assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    job = err.split()[1].rstrip(":")
+    assert process.returncode == 1 and job.startswith("wait-")
+    assert err.splitlines()[1:] == [
+        f"unimoe: {job} goes on; follow it with: unimoe jobs logs -f {job}",
+        f"unimoe: stop it with: unimoe jobs stop {job}",
+    ]
+    assert prints(capfd, "jobs", "status", job).startswith(f"{job} is running, for ")
+    assert "it has begun" in prints(capfd, "jobs", "logs", job)
+    assert prints(capfd, "jobs", "stop", job) == f"{job} was stopped\n"
+    assert prints(capfd, "jobs", "stop", job) == f"{job} was stopped before\n"
+    listed = prints(capfd, "jobs", "list").splitlines()
+    assert next(line.split()[:3] for line in listed if job in line) == [job, "was", "stopped"]

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import tarfile
+import threading
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -17,15 +18,17 @@ import soundfile
 from PIL import Image
 from pyarrow import parquet
 
+from tests.stand_in_tower import StandInJob, encodings, pictures, repeats
 from tests.tiny import tiny_config
 from unimoe_ray.config.data import SourceConfig
 from unimoe_ray.config.model import MODALITIES
 from unimoe_ray.data import prepare as preparing
 from unimoe_ray.data.encode import EncodeSettings
 from unimoe_ray.data.features import TOWER_OF, decode_media, encode_files
-from unimoe_ray.data.loader import read_features
+from unimoe_ray.data.loader import iterate_steps, rank_dataset, read_features
 from unimoe_ray.data.samples import SampleTable
 from unimoe_ray.data.schema import parse_record
+from unimoe_ray.data.store import FeatureStore, blocks
 from unimoe_ray.model.connectors import build_connector
 from unimoe_ray.towers import load_tower, load_towers
 
@@ -209,3 +212,77 @@ def test_media_in_archives_cells_and_data_urls_are_read_by_the_actors(cluster, t
         assert media == rows[1].get(index).media
         for name in media:
             np.testing.assert_array_equal(read_features(found, name).values, read_features(other, name).values)
+
+
+def test_two_jobs_at_once_encode_everything_once(cluster, tmp_path):
+    paths = pictures(tmp_path / "pictures", 60)
+    jobs = [StandInJob(tmp_path, "one", paths[:45], 0.03), StandInJob(tmp_path, "two", paths[15:], 0.03)]
+    results: dict[str, preparing.Prepared] = {}
+    threads = [threading.Thread(target=lambda j=job: results.update({j.config.name: j.prepare()})) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [results[name].samples["train"] for name in ("one", "two")] == [{"look": 45}, {"look": 45}]
+    assert sum(result.encoded for result in results.values()) == len(FeatureStore(jobs[0].folder)) == 60
+    assert repeats(jobs[0].log) == 0 and min(result.encoded for result in results.values()) > 0
+
+
+def test_a_damaged_block_is_encoded_again_and_nothing_else(cluster, tmp_path):
+    job = StandInJob(tmp_path, "job", pictures(tmp_path / "pictures", 24))
+    first = job.prepare()
+    before = {path.name: path.read_bytes() for path in blocks(job.folder)}
+    assert (first.encoded, len(before), job.said) == (24, 3, [])
+    name = sorted(before)[1]
+    (job.folder / name).write_bytes(before[name][:1000])
+    assert job.prepare().encoded == repeats(job.log) == 8
+    (line,) = job.said
+    assert line.startswith(f"{job.folder / name}: damaged")
+    assert {path.name: len(path.read_bytes()) for path in blocks(job.folder)} == {n: len(b) for n, b in before.items()}
+    assert job.prepare().encoded == 0 and len(encodings(job.log)) == 24 + 8
+    # Damage that another job has mended since is noticed, too.
+    (job.folder / name).write_bytes(before[name][:1000])
+    other = StandInJob(tmp_path, "other", pictures(tmp_path / "pictures", 1))
+    again = other.prepare()
+    assert len(other.said) == 1
+    assert job.prepare().encoded == 8 - again.encoded and len(FeatureStore(job.folder)) == 24
+
+
+def test_streamed_batches_are_those_of_the_store(cluster, tmp_path):
+    paths = pictures(tmp_path / "pictures", 20)
+    (paths[3]).write_bytes(paths[3].read_bytes()[:60])
+    options = {"held_out": paths[15:], "max_bad_fraction": 0.1}
+    stored = StandInJob(tmp_path / "s", "stored", paths[:16], features="store", **options)
+    assert stored.prepare().encoded == 19
+    streamed = StandInJob(tmp_path / "t", "streamed", paths[:16], features="auto", store_max_gb=1e-9, **options)
+    result = streamed.prepare()
+    assert (result.encoded, result.samples, result.quarantined) == (
+        5,
+        {"train": {"look": 15}, "dev": {}, "test": {"look": 5}},
+        1,
+    )
+    (line,) = streamed.said
+    assert line.startswith("features are made on the fly, as data.features=auto: stored, they would be 0.000 GB")
+    assert len(FeatureStore(streamed.folder)) == 5 and streamed.prepare().encoded == 0
+    before = len(encodings(streamed.log))
+
+    def batches(job: StandInJob) -> list[dict[str, np.ndarray]]:
+        source = job.source("train")
+        plan = [[np.array([0, 1, 2]), np.array([14, 1])], [np.array([7, 3, 7, 5])], [np.array([0, 14])]]
+        steps = iterate_steps(rank_dataset(source, plan, steps_per_block=2), prefetch_blocks=1)
+        return [arrays for step in steps for arrays in step.micro_batches]
+
+    expected, found = batches(stored), batches(streamed)
+    assert len(expected) == len(found) == 4
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
+    assert expected[0]["image.values"].any()
+    # Eight pictures, some of them twice: one actor made each once, and wrote none of them.
+    made = encodings(streamed.log)[before:]
+    assert len(made) == 7 and len({pid for pid, _ in made}) == 1 and len(FeatureStore(streamed.folder)) == 5
+    # What is held out comes from the store, without a tower.
+    held = [streamed.source("test"), stored.source("test")]
+    names = SampleTable(Path(held[0].samples)).get(0).media
+    assert held[0].stream is None
+    np.testing.assert_array_equal(*(read_features(source, names[0]).values for source in held))

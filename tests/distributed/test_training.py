@@ -18,9 +18,8 @@ from rich.console import Console
 from tests.tiny import TinyRun
 from unimoe_ray import cluster
 from unimoe_ray.data import prepare
-from unimoe_ray.data.loader import planned_micro_batches
-from unimoe_ray.data.plan import Mixture
-from unimoe_ray.data.samples import SampleTable
+from unimoe_ray.data.loader import Layout, planned_micro_batches
+from unimoe_ray.data.plan import Order
 from unimoe_ray.pipeline import follow_runs
 from unimoe_ray.progress import TrainProgress
 from unimoe_ray.training.checkpoint import checkpoint_dir, is_complete, load_model
@@ -131,17 +130,9 @@ def test_stages_on_a_real_cluster(tiny_run, monkeypatch):
     # Ray Data itself says that it delivered exactly the planned micro-batches.
     source = prepare.source(tiny_run.config, "train")
     settings = tiny_run.config.stages.tune["tune"]
-    mixture = Mixture.build(settings.tasks, SampleTable(source.samples).by_task())
-    plan = planned_micro_batches(
-        source,
-        mixture,
-        steps=TUNE_STEPS,
-        batch_size=8,
-        seed=sum(map(ord, "tune")),
-        rank=0,
-        world=2,
-        max_tokens=tiny_run.config.training.max_tokens_per_micro_batch,
-    )
+    order = Order(tuple(settings.tasks.items()), 8, sum(map(ord, "tune")), TUNE_STEPS)
+    layout = Layout(0, 2, tiny_run.config.training.max_tokens_per_micro_batch)
+    plan = planned_micro_batches(source, order, layout, range(TUNE_STEPS))
     stats = (tiny_run.config.run_dir / "data_stats" / "tune.txt").read_text()
     assert "MapBatches(collate_planned)" in stats
     rows = re.search(r"Output num rows per block:.*?(\d+) total", stats)

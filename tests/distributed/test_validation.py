@@ -15,8 +15,8 @@ import torch.multiprocessing as mp
 from tests.tiny import TinyRun
 from unimoe_ray.data import prepare
 from unimoe_ray.data.batch import collate
-from unimoe_ray.data.loader import Step, planned_micro_batches, read_features
-from unimoe_ray.data.plan import Mixture
+from unimoe_ray.data.loader import Layout, Step, planned_micro_batches, read_features
+from unimoe_ray.data.plan import Order
 from unimoe_ray.data.samples import SampleTable
 from unimoe_ray.errors import UsageError
 from unimoe_ray.model.unimoe import to_batch
@@ -49,16 +49,8 @@ def _train(run: TinyRun, rank: int, world: int, every: int) -> list[dict]:
     model = start_model(config, run.info, "tune")
     model.train()
     engine = initialize(model, make_trainable(model, settings), config.training, 0.0, torch.device("cpu"))
-    plan = planned_micro_batches(
-        source,
-        Mixture.build(settings.tasks, table.by_task()),
-        steps=STEPS,
-        batch_size=settings.batch_size,
-        seed=SEED,
-        rank=rank,
-        world=world,
-        max_tokens=MAX_TOKENS,
-    )
+    order = Order(tuple(settings.tasks.items()), settings.batch_size, SEED, STEPS)
+    plan = planned_micro_batches(source, order, Layout(rank, world, MAX_TOKENS), range(STEPS))
     validation = _plan(run, rank, world)
     first = validate(engine, validation, torch.device("cpu")) if every else None
     lines = []

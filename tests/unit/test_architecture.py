@@ -24,12 +24,14 @@ ALLOWED = {
     "towers": {"config", "model", "mini"},
     "llama": {"model", "mini"},
     "parameter_table": {"config", "model", "data", "towers", "training"},
-    "training": {"config", "model", "parallel", "data", "llama"},
+    "checkpoint": {"config", "parallel", "data"},
+    "training": {"config", "model", "parallel", "data", "llama", "checkpoint"},
     "evaluation": {"config", "model", "data", "towers", "training", "inference"},
     "inference": {"config", "model", "parallel", "data"},
     # Its processor makes prompts of conversations, with our templates.
     "interop": {"config", "model", "data"},
     "kuberay": {"config", "parallel", "parameter_table"},
+    "submission": {"config", "data", "report"},
     "progress": set(),
     "report": set(),
     "doctor": set(),
@@ -40,9 +42,11 @@ FORBIDDEN_OUTSIDE = {
     "config": {"torch", "ray", "deepspeed", "transformers", "peft"},
     "model": {"ray", "deepspeed", "peft", "av", "soundfile", "onnx"},
     "data": {"deepspeed", "peft", "transformers"},
+    "checkpoint": {"ray", "deepspeed", "peft", "transformers"},
     "mini": {"deepspeed", "peft", "transformers"},
     "inference": {"ray", "deepspeed", "peft", "fastapi"},
     "kuberay": {"torch", "ray", "deepspeed", "transformers"},
+    "submission": {"torch", "deepspeed", "transformers", "peft"},
     "progress": {"torch", "ray", "deepspeed", "transformers"},
     "report": {"torch", "ray", "deepspeed", "transformers"},
     "errors": {"torch", "ray", "deepspeed", "transformers"},
@@ -159,10 +163,10 @@ def test_the_command_line_imports_serve_and_the_heavy_libraries_lazily() -> None
     assert parts <= {"config", "errors", "__version__"}
 
 
-def test_the_command_line_of_kubernetes_is_light():
+def test_the_command_lines_of_kubernetes_and_of_jobs_are_light():
     """Its parser is made for every command of ``unimoe``; manifests are read and checked without torch and Ray."""
     code = (
-        "import sys, unimoe_ray.kuberay.commands; print(*sys.modules); print('|')\n"
+        "import sys, unimoe_ray.kuberay.commands, unimoe_ray.submission.commands; print(*sys.modules); print('|')\n"
         "import unimoe_ray.kuberay.submit, unimoe_ray.kuberay.render, unimoe_ray.kuberay.manifests; print(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

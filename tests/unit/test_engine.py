@@ -20,8 +20,9 @@ from unimoe_ray.data.store import StoredFeatures
 from unimoe_ray.data.tokenizer import train_tokenizer
 from unimoe_ray.inference.async_engine import AsyncEngine
 from unimoe_ray.inference.engine import Engine
-from unimoe_ray.inference.forward import Span, forward
+from unimoe_ray.inference.forward import Span, TorchDecoder
 from unimoe_ray.inference.kv_cache import Extent, KVArena
+from unimoe_ray.inference.native import NativeDecoder
 from unimoe_ray.inference.request import KINDS, Admitted, EngineBusy, GenerationRequest, RequestRefused, SamplingParams
 from unimoe_ray.inference.sampling import Row, sample, top_logprobs, uniform
 from unimoe_ray.inference.soft_tokens import soft_tokens
@@ -121,21 +122,36 @@ def test_greedy_tokens_equal_generation_alone(sparse, max_step_tokens):
         assert all(output.finish_reason is None for output in outputs[request.id][:-1])
 
 
-def test_hidden_states_do_not_depend_on_chunks_or_company():
+def make_arena(model: UniMoE = MODEL) -> KVArena:
+    language = model.language.config
+    return KVArena(language.num_hidden_layers, 64, language.num_key_value_heads, language.head_dim, torch.float32)
+
+
+def logits_of(decoder, embeddings: torch.Tensor, chunks: list[int], company: bool) -> torch.Tensor:
+    """Of all of the first 30 embeddings, fed in chunks; with company, beside another sequence's token each time."""
+    parts, first = [], 0
+    for count in chunks:
+        rows, spans = embeddings[first : first + count], [Span(3, first, count)]
+        if company:
+            rows, spans = torch.cat([rows, embeddings[30 + first % 5 :][:1]]), [*spans, Span(40, first % 5, 1)]
+        parts.append(decoder(rows, spans, list(range(count)))[0])
+        first += count
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("model", [MODEL, make_model(sparse=False)], ids=["sparse", "dense"])
+def test_logits_do_not_depend_on_chunks_or_company(model):
+    """To rounding with torch's products, to the bit with the kernel's; and both give the same."""
     embeddings = torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(1))
-
-    def arena() -> KVArena:
-        language = MODEL.language.config
-        return KVArena(language.num_hidden_layers, 64, language.num_key_value_heads, language.head_dim, torch.float32)
-
-    whole = forward(MODEL, arena(), embeddings[:30], [Span(0, 0, 30)])
-    cache = arena()
-    parts = []
-    for first, last in ((0, 7), (7, 8), (8, 25), (25, 30)):
-        company = [Span(40, first % 5, 1)]
-        rows = torch.cat([embeddings[first:last], embeddings[30 + first % 5 : 31 + first % 5]])
-        parts.append(forward(MODEL, cache, rows, [Span(3, first, last - first), *company])[:-1])
-    torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5, rtol=1e-5)
+    chunks = [[30], [7, 1, 17, 5], [1] * 30]
+    plain, compiled = (
+        [logits_of(make(model, make_arena(model)), embeddings, parts, len(parts) > 1) for parts in chunks]
+        for make in (TorchDecoder, NativeDecoder)
+    )
+    for logits in (*plain[1:], *compiled):
+        torch.testing.assert_close(logits, plain[0], atol=5e-5, rtol=1e-5)
+    for logits in compiled[1:]:
+        assert torch.equal(logits, compiled[0])
 
 
 def test_a_model_in_bf16():

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unimoe_ray.data.plan import Mixture, split_step, step_samples
+from unimoe_ray.data.layout import split_step
+from unimoe_ray.data.plan import Mixture, MixturePlan
 from unimoe_ray.data.samples import Span
 
 weights = st.floats(0.01, 100)
@@ -22,12 +23,17 @@ def build(tasks: dict[str, tuple[float, int]]) -> Mixture:
     return Mixture.build({task: weight for task, (weight, _) in tasks.items()}, pools)
 
 
+def samples(mixture: Mixture, steps: int, batch_size: int, seed: int) -> list[np.ndarray]:
+    plan = MixturePlan(mixture, steps, batch_size, seed)
+    return [plan.samples(step) for step in range(steps)]
+
+
 def by_task(mixture: Mixture, steps: list[np.ndarray]) -> list[list[list[int]]]:
     """[task][step] its samples."""
     owner = {int(row): number for number, pool in enumerate(mixture.indices) for row in pool}
     split = [[[] for _ in steps] for _ in mixture.tasks]
-    for number, samples in enumerate(steps):
-        for row in samples.tolist():
+    for number, rows in enumerate(steps):
+        for row in rows.tolist():
             split[owner[row]][number].append(row)
     return split
 
@@ -36,38 +42,38 @@ def by_task(mixture: Mixture, steps: list[np.ndarray]) -> list[list[list[int]]]:
 @given(mixtures, st.integers(1, 25), st.integers(1, 20), st.integers(0, 10**6))
 def test_steps(tasks, steps, batch_size, seed):
     mixture = build(tasks)
-    plan = step_samples(mixture, steps, batch_size, seed)
-    assert [len(samples) for samples in plan] == [batch_size] * steps
+    plan = samples(mixture, steps, batch_size, seed)
+    assert [len(rows) for rows in plan] == [batch_size] * steps
     for number, per_step in enumerate(by_task(mixture, plan)):
         # Every step follows the weights within one sample.
         share = mixture.weights[number] * batch_size
-        counts = [len(samples) for samples in per_step]
+        counts = [len(rows) for rows in per_step]
         assert all(abs(count - share) < 1 + 1e-6 for count in counts)
         # An epoch of a task is over when each of its samples was there once.
-        stream = [row for samples in per_step for row in samples]
+        stream = [row for rows in per_step for row in rows]
         pool = sorted(mixture.indices[number].tolist())
         for start in range(0, len(stream), len(pool)):
             epoch = stream[start : start + len(pool)]
             assert len(set(epoch)) == len(epoch)
             assert len(epoch) < len(pool) or sorted(epoch) == pool
     # The plan does not depend on how many steps of it are made, nor on the order in which tasks are named.
-    assert all(map(np.array_equal, step_samples(mixture, (steps + 1) // 2, batch_size, seed), plan))
+    assert all(map(np.array_equal, samples(mixture, (steps + 1) // 2, batch_size, seed), plan))
     again = Mixture.build(
         dict(reversed(list(zip(mixture.tasks, mixture.weights, strict=True)))),
         dict(zip(mixture.tasks, mixture.indices, strict=True)),
     )
-    assert all(map(np.array_equal, step_samples(again, steps, batch_size, seed), plan))
+    assert all(map(np.array_equal, samples(again, steps, batch_size, seed), plan))
 
 
 def test_long_run_shares_follow_the_weights():
     mixture = build({"a": (4, 50), "b": (2.5, 7), "c": (0.03, 9)})
-    counts = np.array([sum(map(len, s)) for s in by_task(mixture, step_samples(mixture, 4000, 8, 3))])
+    counts = np.array([sum(map(len, s)) for s in by_task(mixture, samples(mixture, 4000, 8, 3))])
     assert np.abs(counts / counts.sum() - mixture.weights).max() < 0.001
 
 
 def test_seeds_and_epochs_have_orders_of_their_own():
     mixture = build({"a": (1, 40)})
-    epochs = [np.concatenate(step_samples(mixture, 20, 4, seed)).reshape(2, 40).tolist() for seed in range(3)]
+    epochs = [np.concatenate(samples(mixture, 20, 4, seed)).reshape(2, 40).tolist() for seed in range(3)]
     assert len({tuple(epoch) for pair in epochs for epoch in pair}) == 6
 
 
@@ -79,10 +85,10 @@ lengths = st.one_of(
 
 @settings(max_examples=200, deadline=None)
 @given(lengths, st.integers(1, 5), st.integers(16, 200), st.randoms(use_true_random=False))
-def test_layout_over_ranks(samples, world, max_tokens, random):
-    size, group = (np.array(column) for column in zip(*samples, strict=True))
-    rows = np.array(random.sample(range(1000), len(samples)))
-    lookup = dict(zip(rows.tolist(), samples, strict=True))
+def test_layout_over_ranks(sizes, world, max_tokens, random):
+    size, group = (np.array(column) for column in zip(*sizes, strict=True))
+    rows = np.array(random.sample(range(1000), len(sizes)))
+    lookup = dict(zip(rows.tolist(), sizes, strict=True))
     ranks = split_step(rows, size, group, world, max_tokens)
     assert len(ranks) == world
     micros = [micro.tolist() for rank in ranks for micro in rank]
@@ -99,7 +105,7 @@ def test_layout_over_ranks(samples, world, max_tokens, random):
         tokens = sum(lookup[row][0] for micro in rank for row in micro.tolist())
         assert abs(tokens - size.sum() / world) <= size.max()
     # The order in which the samples come does not matter.
-    order = np.array(random.sample(range(len(samples)), len(samples)))
+    order = np.array(random.sample(range(len(sizes)), len(sizes)))
     again = split_step(rows[order], size[order], group[order], world, max_tokens)
     assert [[m.tolist() for m in rank] for rank in again] == [[m.tolist() for m in rank] for rank in ranks]
 
@@ -125,7 +131,7 @@ def test_samples_of_a_weightier_source_come_more_often():
     indices = {"a": np.array([0, 1, 2, 3, 8, 9]), "b": np.array([4, 5, 6, 7])}
     spans = (Span(0, 1.0), Span(4, 3.0), Span(8, 3.0))  # rows 0 to 3, 4 to 7, 8 and 9
     mixture = Mixture.build({"a": 2, "b": 1}, indices, spans)
-    steps = step_samples(mixture, 600, 30, seed=0)
+    steps = samples(mixture, 600, 30, seed=0)
     drawn = np.bincount(np.concatenate(steps), minlength=10) / 600 / 30
     # a: 2/3 of all, of which four samples weigh 1 and two weigh 3; b: 1/3, all alike.
     assert np.allclose(drawn, [2 / 3 / 10] * 4 + [1 / 12] * 4 + [2 / 3 * 3 / 10] * 2, atol=0.002)

@@ -93,3 +93,16 @@ def test_what_is_counted_without_knowing_of_how_much() -> None:
         progress.count("reading", 25, 25)
     first, last = out.getvalue().splitlines()
     assert first.split() == ["reading", "10"] and last.split()[:4] == ["reading", "100", "%", "25/25"]
+
+
+def test_what_is_counted_has_a_rate_and_the_time_that_is_left(monkeypatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("unimoe_ray.progress.time.monotonic", lambda: clock[0])
+    out, console = _plain()
+    with TrainProgress(console, plain_interval_s=0.0) as progress:
+        for done in (0, 30, 60, 90):
+            progress.count("encoding media", done, 150)
+            clock[0] += 4.0
+    lines = [line.split() for line in out.getvalue().splitlines()]
+    assert lines[0] == ["encoding", "media", "0", "%", "0/150"]
+    assert lines[-1] == ["encoding", "media", "60", "%", "90/150", "7.5/s", "0:08", "left"]

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from unimoe_ray.config.base import Strict
+from unimoe_ray.config.checkpoint import CheckpointConfig
 from unimoe_ray.config.data import DataConfig, MiniConfig
 from unimoe_ray.config.kubernetes import KubernetesConfig
 from unimoe_ray.config.model import ModelConfig
@@ -36,6 +37,7 @@ class Config(Strict):
     model: ModelConfig = ModelConfig()
     stages: StagesConfig = StagesConfig()
     training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     placement: PlacementConfig = PlacementConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     serving: ServingConfig = ServingConfig()
@@ -64,6 +66,22 @@ class Config(Strict):
                             f"stages.{stage}.{name} trains connector.video, which is the image connector "
                             "(model.connectors.video=image): name connector.image"
                         )
+        return self
+
+    @model_validator(mode="after")
+    def _best_needs_validations(self) -> Config:
+        if self.checkpoint.keep_best and not self.training.validation.every:
+            raise ValueError("checkpoint.keep_best goes by validation losses: set training.validation.every, too")
+        return self
+
+    @model_validator(mode="after")
+    def _epochs_have_whole_weights(self) -> Config:
+        by_epochs = any(run.epochs for stage in STAGES for run in getattr(self.stages, stage).values())
+        for number, source in enumerate(self.data.sources):
+            if by_epochs and source.weight != round(source.weight):
+                raise ValueError(
+                    f"data.sources.{number}.weight is {source.weight}; allowed with runs of epochs: whole numbers"
+                )
         return self
 
     @property

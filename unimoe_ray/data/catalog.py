@@ -6,6 +6,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,9 @@ PRAGMA synchronous = OFF;
 PRAGMA cache_size = -16384;
 CREATE TABLE ids (split TEXT, id TEXT, uses INTEGER, PRIMARY KEY (split, id)) WITHOUT ROWID;
 CREATE TABLE keys (paths BLOB PRIMARY KEY, key TEXT, fault TEXT) WITHOUT ROWID;
-CREATE TABLE media (number INTEGER PRIMARY KEY, name TEXT UNIQUE, paths TEXT, tokens INTEGER, fault TEXT);
+CREATE TABLE media (
+    number INTEGER PRIMARY KEY, name TEXT UNIQUE, paths TEXT, held_out INTEGER, tokens INTEGER, fault TEXT
+);
 CREATE TABLE samples (
     number INTEGER PRIMARY KEY, split TEXT, source INTEGER, written TEXT, content BLOB, value TEXT,
     UNIQUE (content, split, written, number)
@@ -29,6 +32,9 @@ CREATE TABLE bad (number INTEGER PRIMARY KEY, split TEXT, file TEXT, place TEXT,
 BEGIN;
 """
 PAGE = 1000
+HASHERS = 8  # threads that read media; most of it, and SHA-256, is outside of Python's lock
+UNMARKED = "tokens IS NULL AND fault IS NULL"
+NOT_HELD_OUT = "NOT held_out"
 
 
 @dataclass(frozen=True)
@@ -53,17 +59,27 @@ class Catalog:
 
     def __init__(self, path: Path, max_bytes: int):
         self.path, self.max_bytes = path, max_bytes
+        self._hashing: dict[bytes, Future[str]] = {}
 
     def __enter__(self) -> Catalog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.unlink(missing_ok=True)
         self.db = sqlite3.connect(self.path, isolation_level=None)
         self.db.executescript(_SCHEMA)
+        self._hashers = ThreadPoolExecutor(HASHERS)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._hashers.shutdown(cancel_futures=True)
         self.db.close()
         self.path.unlink(missing_ok=True)
+
+    def begin(self, sample: Sample) -> None:
+        """Begin to read the media of a sample that will be added."""
+        for item in sample.media:
+            which = _digest(item.paths)
+            if which not in self._hashing and self._one("SELECT 1 FROM keys WHERE paths = ?", (which,)) is None:
+                self._hashing[which] = self._hashers.submit(content_key, item.paths, self.max_bytes)
 
     def add(self, split: str, placed: Placed) -> None:
         """Keep a sample. Raises BadMedia for a file that can't be read, BadSample for a record that is there already.
@@ -71,7 +87,12 @@ class Catalog:
         An id that comes again with another content (LLaVA's own data have such) gets a number: ``7``, ``7~2``.
         """
         sample = placed.sample
-        names = [f"{item.kind}/{self._key(item.paths)}" for item in sample.media]
+        try:
+            names = [f"{item.kind}/{self._key(item.paths)}" for item in sample.media]
+        except BadMedia:
+            for item in sample.media:
+                self._hashing.pop(_digest(item.paths), None)
+            raise
         content = _digest([sample.turns, names])
         repeated = (content, split, sample.id)
         if self._one("SELECT 1 FROM samples WHERE content = ? AND split = ? AND written = ?", repeated):
@@ -85,7 +106,9 @@ class Catalog:
         )
         for item, name in zip(sample.media, names, strict=True):
             self.db.execute(
-                "INSERT INTO media (name, paths) VALUES (?, ?) ON CONFLICT DO NOTHING", (name, json.dumps(item.paths))
+                "INSERT INTO media (name, paths, held_out) VALUES (?, ?, ?) "
+                "ON CONFLICT DO UPDATE SET held_out = MAX(held_out, excluded.held_out)",
+                (name, json.dumps(item.paths), split != "train"),
             )
 
     def add_bad(self, split: str, bad: BadRecord) -> None:
@@ -128,9 +151,34 @@ class Catalog:
         ):
             yield {"split": split, "id": id, "reason": reason, "file": file, "where": place}
 
-    def count(self, table: str) -> int:
-        """Rows of ``samples``, ``media`` or ``bad``."""
-        return self._one(f"SELECT COUNT(*) FROM {table}", ())[0]
+    def find(self, kind: str, which: str = "TRUE", page: int = PAGE) -> Iterator[list[tuple[str, list[str]]]]:
+        """Content key and paths of the media of one kind, some at a time, in the order of use. which: ``UNMARKED``,
+        ``NOT_HELD_OUT``, both (AND)."""
+        rows = self.db.execute(
+            f"SELECT name, paths FROM media WHERE {which} AND substr(name, 1, ?) = ? ORDER BY number",
+            (len(kind) + 1, f"{kind}/"),
+        )
+        while part := rows.fetchmany(page):
+            yield [(name.partition("/")[2], json.loads(paths)) for name, paths in part]
+
+    def places(self) -> Iterator[tuple[str, list[str]]]:
+        """Name and paths of all sound media, sorted by name."""
+        rows = self.db.execute("SELECT name, paths FROM media WHERE fault IS NULL ORDER BY name")
+        return ((name, json.loads(paths)) for name, paths in rows)
+
+    def some(self, kind: str, most: int) -> list[list[str]]:
+        """Paths of a few media of one kind, from all over."""
+        step = max(1, self.count("media", f"substr(name, 1, {len(kind) + 1}) = '{kind}/'") // most)
+        rows = self.db.execute(
+            "SELECT paths FROM (SELECT paths, ROW_NUMBER() OVER (ORDER BY number) - 1 AS n FROM media "
+            "WHERE substr(name, 1, ?) = ?) WHERE n % ? = 0 LIMIT ?",
+            (len(kind) + 1, f"{kind}/", step, most),
+        )
+        return [json.loads(paths) for (paths,) in rows]
+
+    def count(self, table: str, which: str = "TRUE") -> int:
+        """Rows of ``samples``, ``media`` or ``bad``; those of media by a condition."""
+        return self._one(f"SELECT COUNT(*) FROM {table} WHERE {which}", ())[0]
 
     def repeats(self, most: int) -> tuple[int, list[Repeat]]:
         """How many samples repeat an earlier one, in any split, and the most frequent of them."""
@@ -153,8 +201,9 @@ class Catalog:
         """The content key of a media file, read once however often it is used."""
         which = _digest(paths)
         if (row := self._one("SELECT key, fault FROM keys WHERE paths = ?", (which,))) is None:
+            begun = self._hashing.pop(which, None)
             try:
-                row = content_key(paths, self.max_bytes), None
+                row = begun.result() if begun else content_key(paths, self.max_bytes), None
             except BadMedia as error:
                 row = None, str(error)
             self.db.execute("INSERT INTO keys (paths, key, fault) VALUES (?, ?, ?)", (which, *row))

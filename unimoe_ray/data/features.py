@@ -8,9 +8,11 @@ from unimoe_ray.config.data import DataConfig
 from unimoe_ray.data.locations import open_media
 from unimoe_ray.data.media import load_audio, load_image, load_video, pick_frames
 from unimoe_ray.data.schema import Media
-from unimoe_ray.data.store import StoredFeatures
+from unimoe_ray.data.store import DTYPES, StoredFeatures
+from unimoe_ray.errors import UnimoeError
 
 TOWER_OF = {"image": "image", "video": "image", "audio": "audio", "speech": "speech"}
+_FP16 = DTYPES["fp16"]
 
 
 def decode_media(media: Media, frames: int, data: DataConfig):
@@ -33,13 +35,20 @@ def encode_files(tower, decoded: list) -> list[StoredFeatures]:
     return encode_windows(tower, [tower.preprocess(media) for media in decoded])
 
 
-def encode_windows(tower, windows: list[np.ndarray]) -> list[StoredFeatures]:
-    """``encode_files`` from the tower's own input windows."""
+def encode_windows(tower, windows: list[np.ndarray], dtype: np.dtype = _FP16) -> list[StoredFeatures]:
+    """``encode_files`` from the tower's own input windows. Raises UnimoeError for values beyond the dtype's range."""
+    if not windows:
+        return []
     features = tower(windows)
     values, lengths, owner = (t.cpu().numpy() for t in (features.values, features.lengths, features.owner))
     stored = []
     for index in range(len(windows)):
         mine = owner == index
         n = int(lengths[mine].max())
-        stored.append(StoredFeatures(values[mine][:, :n].astype(np.float16), lengths[mine].tolist()))
+        kept = values[mine][:, :n]
+        if np.abs(kept).max(initial=0) > np.finfo(dtype).max:
+            raise UnimoeError(
+                f"features of the {tower.name} tower are beyond the range of {dtype}: data.store_dtype=fp32"
+            )
+        stored.append(StoredFeatures(kept.astype(dtype), lengths[mine].tolist()))
     return stored

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from unimoe_ray.data.sources import BadRecord, Placed, RecordFile, read_samples
 from unimoe_ray.data.template import Template, make_template
 from unimoe_ray.data.tokenizer import load_tokenizer, train_tokenizer
 
+AHEAD = 64  # records whose media are read while earlier ones are noted
 # What is done, how much of it, and of how much (None: not known yet).
 Progress = Callable[[str, int, int | None], None]
 
@@ -31,7 +33,7 @@ def read_into(catalog: Catalog, files: list[RecordFile], config: Config, on_prog
     what, count = "reading records", 0
     for split in SPLITS:
         for file in (file for file in files if file.split == split):
-            for item in read_samples(file, config.data.voice_as):
+            for item in _begun(read_samples(file, config.data.voice_as), catalog):
                 count += 1
                 if isinstance(item, BadRecord):
                     catalog.add_bad(split, item)
@@ -44,6 +46,18 @@ def read_into(catalog: Catalog, files: list[RecordFile], config: Config, on_prog
                     on_progress(what, count, None)
     on_progress(what, count, count)
     return count
+
+
+def _begun(items: Iterable[Placed | BadRecord], catalog: Catalog) -> Iterator[Placed | BadRecord]:
+    """The items as they come; the media of some that follow are being read."""
+    waiting: deque[Placed | BadRecord] = deque()
+    for item in items:
+        if isinstance(item, Placed):
+            catalog.begin(item.sample)
+        waiting.append(item)
+        if len(waiting) > AHEAD:
+            yield waiting.popleft()
+    yield from waiting
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data import Dataset
+from ray.data import ActorPoolStrategy, Dataset
 
-from unimoe_ray.data.batch import Arrays, collate, from_bytes, to_bytes
-from unimoe_ray.data.plan import Mixture, split_step, step_samples
-from unimoe_ray.data.samples import SampleTable, Source
+from unimoe_ray.data.batch import Arrays, collate, from_bytes, samples_in, to_bytes
+from unimoe_ray.data.layout import split_step
+from unimoe_ray.data.plan import Order, Plan
+from unimoe_ray.data.samples import PreparedSample, SampleTable, Source, Span
 from unimoe_ray.data.store import FeatureStore, StoredFeatures
+from unimoe_ray.data.stream import Stream, streamer
 
 
 @dataclass(frozen=True)
@@ -27,34 +30,45 @@ class Step:
     samples: int
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a step's samples are laid out: one rank's part of them, in micro-batches of at most ``max_tokens``, in rows
+    of one sample each, or of several with up to ``row_tokens``."""
+
+    rank: int
+    world: int
+    max_tokens: int
+    row_tokens: int = 0
+
+
+def total_steps(source: Source, order: Order) -> int:
+    return _planned(source.samples, source.spans, order)[1].steps
+
+
 def planned_micro_batches(
-    source: Source, mixture: Mixture, *, steps: int, batch_size: int, seed: int, rank: int, world: int, max_tokens: int
-) -> list[list[np.ndarray]]:
-    """[step][micro] sample indices of one rank. Every rank computes the same plan and keeps its part."""
-    table = _table(source.samples)
-    plan = []
-    for samples in step_samples(mixture, steps, batch_size, seed):
-        ranks = split_step(samples, table.lengths[samples], table.groups[samples], world, max_tokens)
-        plan.append(ranks[rank])
-    return plan
+    source: Source, order: Order, layout: Layout, steps: Iterable[int]
+) -> Iterator[list[np.ndarray]]:
+    """Sample indices [micro] of one rank, for each of ``steps``. Every rank plans the same and keeps its part; a step's
+    cost depends on its own samples only, wherever the first of ``steps`` is."""
+    table, plan = _planned(source.samples, source.spans, order)
+    for step in steps:
+        samples = plan.samples(step)
+        lengths, groups = table.lengths[samples], table.groups[samples]
+        ranks = split_step(samples, lengths, groups, layout.world, layout.max_tokens, layout.row_tokens)
+        yield ranks[layout.rank]
 
 
-def rank_dataset(source: Source, plan: list[list[np.ndarray]], steps_per_block: int) -> Dataset:
-    """A Ray Dataset of one rank's micro-batches: planned ids in, safetensors bytes out, order preserved."""
+def rank_dataset(source: Source, order: Order, layout: Layout, steps_per_block: int, first_step: int = 0) -> Dataset:
+    """A Ray Dataset of one rank's micro-batches from ``first_step`` on: numbers of steps in, planned where they are
+    collated, safetensors bytes out, order preserved."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    blocks = []
-    for first in range(0, len(plan), steps_per_block):
-        rows = [
-            {"step": step, "samples": micro.tolist()}
-            for step in range(first, min(first + steps_per_block, len(plan)))
-            for micro in plan[step]
-        ]
-        blocks.append(pa.Table.from_pylist(rows, schema=_PLANNED))
-    return ray.data.from_arrow(blocks).map_batches(
-        collate_planned,
-        fn_kwargs={"source": source},
+    steps = total_steps(source, order) - first_step
+    numbers = ray.data.range(steps, override_num_blocks=-(-steps // steps_per_block))
+    return numbers.map_batches(
+        **({"fn": collate_planned} if source.stream is None else stream_actors(source.stream)),
+        fn_kwargs={"source": source, "order": order, "layout": layout, "first_step": first_step},
         batch_format="pyarrow",
         batch_size=None,
         zero_copy_batch=True,
@@ -64,40 +78,77 @@ def rank_dataset(source: Source, plan: list[list[np.ndarray]], steps_per_block: 
 
 def iterate_steps(dataset: Dataset, prefetch_blocks: int) -> Iterator[Step]:
     """Steps of a rank, in order, from its Ray Data iterator."""
-    number, micro_batches, samples = 0, [], 0
+    number, micro_batches, samples = None, [], 0
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch_blocks):
         for row in range(len(table)):
             step = table["step"][row].as_py()
             if step != number:
-                yield Step(number, micro_batches, samples)
+                if number is not None:
+                    yield Step(number, micro_batches, samples)
                 number, micro_batches, samples = step, [], 0
             micro_batches.append(from_bytes(table["payload"][row].as_py()))
-            samples += int(micro_batches[-1]["mask"].any(axis=1).sum())
-    yield Step(number, micro_batches, samples)
+            samples += samples_in(micro_batches[-1])
+    if number is not None:
+        yield Step(number, micro_batches, samples)
 
 
-def collate_planned(block: pa.Table, source: Source) -> pa.Table:
-    """One block of planned micro-batches to their bytes; runs in a Ray Data task."""
+def collate_planned(block: pa.Table, source: Source, order: Order, layout: Layout, first_step: int) -> pa.Table:
+    """One block of steps to the bytes of their micro-batches; runs in a Ray Data task."""
     table = _table(source.samples)
-    payloads = [
-        to_bytes(collate([table.get(row) for row in rows], lambda name: read_features(source, name)))
-        for rows in block["samples"].to_pylist()
-    ]
-    return pa.table({"step": block["step"], "payload": pa.array(payloads, pa.large_binary())})
+    steps = [first_step + number for number in block["id"].to_pylist()]
+    numbers, payloads = [], []
+    for step, micro_batches in zip(steps, planned_micro_batches(source, order, layout, steps), strict=True):
+        for rows in micro_batches:
+            prepared = [table.get(int(row)) for row in rows]
+            arrays = collate(prepared, features_of(source, prepared), row_tokens=layout.row_tokens)
+            payloads.append(to_bytes(arrays))
+            numbers.append(step)
+    return pa.table({"step": pa.array(numbers, pa.int64()), "payload": pa.array(payloads, pa.large_binary())})
+
+
+def features_of(source: Source, samples: list[PreparedSample]) -> Callable[[str], StoredFeatures]:
+    """What ``collate`` reads the features of these samples with."""
+    if source.stream is None:
+        return partial(read_features, source)
+    return streamer(source.stream)(name for sample in samples for name in sample.media).__getitem__
+
+
+class StreamedCollate:
+    """``collate_planned`` in an actor, whose process keeps the towers."""
+
+    def __init__(self) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+
+    def __call__(self, block: pa.Table, **planned: Any) -> pa.Table:
+        return collate_planned(block, **planned)
+
+
+def stream_actors(stream: Stream) -> dict[str, Any]:
+    """For ``map_batches``: the pool of actors that encode and collate for one rank."""
+    data = stream.settings.data
+    pool = ActorPoolStrategy(min_size=1, max_size=data.stream_actors)
+    return {"fn": StreamedCollate, "compute": pool, "num_gpus": data.stream_gpus or None}
 
 
 def read_features(source: Source, name: str) -> StoredFeatures:
-    """Stored features of ``<kind>/<content key>``."""
+    """Features of ``<kind>/<content key>``."""
+    if source.stream is not None:
+        return streamer(source.stream)([name])[name]
     kind, key = name.split("/")
     return _store(source.partitions[kind]).get(key)
-
-
-_PLANNED = pa.schema([("step", pa.int64()), ("samples", pa.list_(pa.int64()))])
 
 
 @lru_cache(maxsize=4)
 def _table(path: str) -> SampleTable:
     return SampleTable(Path(path))
+
+
+@lru_cache(maxsize=4)
+def _planned(path: str, spans: tuple[Span, ...], order: Order) -> tuple[SampleTable, Plan]:
+    table = _table(path)
+    return table, order.plan(table, spans)
 
 
 @lru_cache(maxsize=16)

@@ -7,28 +7,29 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, astuple, dataclass, field
-from functools import partial
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from unimoe_ray.config import Config
-from unimoe_ray.config.data import SPLITS, SourceConfig
+from unimoe_ray.config.data import SPLITS, DataConfig, SourceConfig
 from unimoe_ray.data.catalog import Catalog
-from unimoe_ray.data.encode import EncodeSettings, encode_missing
+from unimoe_ray.data.encode import EncodeSettings, SoftTokens, count_tokens, encode_missing
 from unimoe_ray.data.gather import Progress, Tokenised, make_run_template, read_into, tokenised
 from unimoe_ray.data.locations import shown
 from unimoe_ray.data.pretrained import PretrainedTokenizer, load_pretrained_tokenizer
 from unimoe_ray.data.samples import SampleWriter, Source, Span
 from unimoe_ray.data.schema import Sample
+from unimoe_ray.data.sizes import chosen, store_sizes
 from unimoe_ray.data.sources import RecordFile, fingerprint, record_files
-from unimoe_ray.data.store import FeatureStore, partition_dir
+from unimoe_ray.data.store import mended
+from unimoe_ray.data.stream import Stream, write_places
 from unimoe_ray.errors import UnimoeError
 
 # Samples of dev and test end where the answer is to begin; these are dev's with it, for a loss while training.
 VALIDATION = "validation"
 SHORTENED = "shortened.jsonl"
-MEDIA_PAGE = 100_000  # media files that one run of the encoding pipeline is given
+PLACES = "media.arrow"  # where media lie that are streamed
 
 
 @dataclass
@@ -51,8 +52,12 @@ def tokenizer_path(config: Config) -> Path:
     return data_dir(config) / "tokenizer.json"
 
 
-def source(config: Config, split: str) -> Source:
-    """Where one split's prepared samples and features lie. Raises UnimoeError when they were not prepared."""
+def source(config: Config, split: str, settings: EncodeSettings | None = None) -> Source:
+    """Where one split's prepared samples and features lie. ``settings`` make those features that are streamed, which
+    are the train split's only: held-out ones are read by processes that have no towers, and again and again.
+
+    Raises UnimoeError when they were not prepared.
+    """
     path = data_dir(config) / "prepared.json"
     if not path.is_file():
         raise UnimoeError(
@@ -60,20 +65,25 @@ def source(config: Config, split: str) -> Source:
         )
     found = json.loads(path.read_text())
     spans = tuple(Span(*span) for span in found.get("spans", {}).get(split, ()))
-    return Source(str((data_dir(config) / f"{split}.arrow").resolve()), found["partitions"], spans)
+    folder, stream = data_dir(config).resolve(), None
+    if settings is not None and split == "train" and found.get("streamed"):
+        stream = Stream(str(folder / PLACES), replace(settings, gpu=config.data.stream_gpus > 0, threads=1))
+    return Source(str(folder / f"{split}.arrow"), found["partitions"], spans, stream)
 
 
 def prepare(
     config: Config,
     sources: list[SourceConfig],
     settings: EncodeSettings,
-    soft_tokens: Callable[[str, list[int]], int],
+    soft_tokens: SoftTokens,
     workers: int,
     on_progress: Progress,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Prepared:
-    """Validate, encode and tokenise the records of ``sources``. What is already there is not done again.
+    """Validate, encode and tokenise the records of ``sources``. What is already there is not done again, and it may be
+    killed at any time. One at a time may use a run folder; any number share the feature store.
 
-    soft_tokens(kind, window lengths) tells how many soft tokens a file becomes.
+    soft_tokens(kind, window lengths) tells how many soft tokens a file becomes; ``say`` gets what is worth a line.
     Raises UsageError for sources that can't be read, UnimoeError past ``data.max_bad_fraction``.
     """
     language = config.model.language
@@ -86,36 +96,40 @@ def prepare(
     if done.is_file():
         found = json.loads(done.read_text())
         arrows = [data_dir(config) / f"{split}.arrow" for split in (*SPLITS, VALIDATION)]
-        there = all(Path(path).exists() for path in (*arrows, *found["partitions"].values()))
-        if found["stamp"] == stamp and there:
+        # ``mended`` is not in the files of earlier versions, whose store need only be there.
+        whole = {path: mended(Path(path)) for path in found["partitions"].values()}
+        there = all(path.exists() for path in arrows) and -1 not in whole.values()
+        if found["stamp"] == stamp and there and found.get("mended", whole) == whole:
             return Prepared(**found["summary"] | {"encoded": 0})
     # From here on the files below belong to neither the old nor the new configuration, until all are written.
     done.unlink(missing_ok=True)
+    for left in data_dir(config).glob(".*"):  # by a run that was killed
+        left.unlink()
 
-    partitions = {kind: partition_dir(Path(settings.root), kind, f) for kind, f in settings.fingerprints.items()}
+    partitions = {kind: settings.partition(kind) for kind in settings.fingerprints}
     with Catalog(data_dir(config) / ".catalog.sqlite", config.data.max_bytes) as catalog:
         records = read_into(catalog, files, config, on_progress)
         summary = Prepared(media=catalog.count("media"))
         # Encoding takes long: if there is too much wrong already, it is not begun.
         quarantine(config, catalog, records)
-        for page in catalog.media(MEDIA_PAGE):
-            broken, encoded = encode_missing(page, settings, workers, partial(on_progress, "encoding media"))
-            for name, fault in broken.items():
-                catalog.mark(name, None, fault)
-            summary.encoded += encoded
-        stores = {kind: FeatureStore(folder) for kind, folder in partitions.items()}
+        todo = data_dir(config) / ".todo.arrow"
+        gigabytes = sum(size.bytes(config.data.store_dtype) for size in store_sizes(catalog, settings)) / 1e9
+        streamed = chosen(config.data.features, gigabytes, config.data.store_max_gb) == "stream"
+        if streamed:
+            say(
+                f"features are made on the fly, as data.features={config.data.features}: stored, they would be "
+                f"{gigabytes:.3f} GB (data.store_max_gb={config.data.store_max_gb:g})"
+            )
+            count_tokens(catalog, settings, soft_tokens, workers, todo, on_progress)
+            write_places(data_dir(config) / PLACES, catalog.places())
+        summary.encoded = encode_missing(catalog, settings, soft_tokens, workers, todo, on_progress, say)
         template = make_run_template(config, catalog, pretrained, tokenizer_path(config))
-
-        def count(name: str) -> int:
-            kind, key = name.split("/")
-            return soft_tokens(kind, stores[kind].lengths(key))
-
         spans: dict[str, list[Span]] = {}
         used: set[str] = set()
         weights = [source.weight for source in sources]
         with open(config.run_dir / SHORTENED, "w", encoding="utf-8") as shortened:
             for split in SPLITS:
-                rows = tokenised(config, catalog, split, template, count)
+                rows = tokenised(config, catalog, split, template, catalog.tokens)
                 spans[split], tasks, kinds, notes = _write_split(config, split, rows, weights)
                 shortened.writelines(json.dumps(note) + "\n" for note in notes)
                 summary.shortened += len(notes)
@@ -125,7 +139,9 @@ def prepare(
         summary.quarantined = catalog.count("bad")
     found = {
         "stamp": stamp,
+        "streamed": streamed,
         "partitions": {kind: str(partitions[kind]) for kind in sorted(used)},
+        "mended": {str(partitions[kind]): mended(partitions[kind]) for kind in sorted(used)},
         "spans": {split: [astuple(span) for span in spans[split]] for split in SPLITS},
         "summary": asdict(summary),
     }
@@ -220,6 +236,10 @@ def _stamp(
     ]
     if data.too_long != "refuse":
         parts.append(data.too_long)
+    if data.store_dtype != "fp16":
+        parts.append(data.store_dtype)
+    if (data.features, data.store_max_gb) != ("auto", DataConfig().store_max_gb):
+        parts += [data.features, data.store_max_gb]
     if pretrained is not None:
         parts += [data.template, pretrained.tokenizer.to_str(), pretrained.legacy]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

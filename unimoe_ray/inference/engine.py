@@ -12,8 +12,10 @@ from tokenizers import Tokenizer
 
 from unimoe_ray.config.serving import EngineConfig
 from unimoe_ray.data.tokenizer import end_token
-from unimoe_ray.inference.forward import Span, forward
-from unimoe_ray.inference.kv_cache import KVArena
+from unimoe_ray.inference.forward import Span
+from unimoe_ray.inference.kv_cache import Extent, KVArena
+from unimoe_ray.inference.native import make_decoder
+from unimoe_ray.inference.prefixes import SHORTEST, PrefixCache
 from unimoe_ray.inference.request import (
     KINDS,
     FinishReason,
@@ -23,7 +25,7 @@ from unimoe_ray.inference.request import (
     TokenLogprob,
 )
 from unimoe_ray.inference.sampling import sample, top_logprobs
-from unimoe_ray.inference.sequence import Sequence
+from unimoe_ray.inference.sequence import Sequence, embed_next
 from unimoe_ray.inference.text import token_bytes
 from unimoe_ray.model.language import mixtures
 from unimoe_ray.model.unimoe import UniMoE
@@ -33,10 +35,13 @@ class Engine:
     """Not thread-safe but for ``start``; ``AsyncEngine`` runs it.
 
     Scheduling is first come, first served. Generating requests get one token each in every step; what is left of
-    ``max_step_tokens`` goes to prompts, oldest first.
+    ``max_step_tokens`` goes to prompts, oldest first. What sequences leave in the cache stays as long as nobody needs
+    the room: a prompt that begins like one of them, or like one that runs, goes on from there.
+
+    keep_weights: False when nobody else needs the model; its layers may then be emptied
     """
 
-    def __init__(self, model: UniMoE, tokenizer: Tokenizer, config: EngineConfig):
+    def __init__(self, model: UniMoE, tokenizer: Tokenizer, config: EngineConfig, keep_weights: bool = True):
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         language = model.language.config
         self.max_positions = model.max_positions
@@ -50,17 +55,21 @@ class Engine:
             embedding.weight.dtype,
             embedding.weight.device,
         )
+        self.decoder = make_decoder(model, self.arena, keep_weights=keep_weights)
+        self.prefixes = PrefixCache()
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         sparse = mixtures(model)
         experts = sparse[0].num_experts if sparse else 0
         # [KINDS, L, E] routed slots since the start
         self.expert_load = np.zeros((len(KINDS), len(sparse), experts), np.int64)
-        self.counters = dict.fromkeys(("steps", "prompt_tokens", "generated_tokens", "finished", "cancelled"), 0)
+        self._slots = (len(sparse), sparse[0].top_k if sparse else 1)
+        counted = ("steps", "prompt_tokens", "reused_tokens", "generated_tokens", "finished", "cancelled")
+        self.counters = dict.fromkeys(counted, 0)
         # Observations that a metrics exporter drains; the oldest are lost when nobody does.
         self.queue_seconds: deque[float] = deque(maxlen=4096)
         self.step_tokens: deque[int] = deque(maxlen=4096)
-        self._embedding = embedding
+        self._table = embedding.weight.detach()
         self._end = end_token(tokenizer)
 
     def start(self, request: GenerationRequest) -> Sequence:
@@ -99,25 +108,27 @@ class Engine:
         plan = self._plan()
         if not plan:
             return []
-        inputs = [sequence.next_inputs(count, self._embedding) for sequence, count in plan]
+        ends = np.cumsum([count for _, count in plan]).tolist()
         spans = [Span(sequence.extent.start, sequence.cached, count) for sequence, count in plan]
-        hidden = forward(self.model, self.arena, torch.cat([embeddings for embeddings, _ in inputs]), spans)
-        self._count_experts(plan, torch.cat([kinds for _, kinds in inputs]))
-        ends = np.cumsum([count for _, count in plan]) - 1
-        for sequence, count in plan:
-            self.counters["prompt_tokens"] += min(count, max(0, sequence.prompt_tokens - sequence.cached))
-            sequence.cached += count
-        ready = [(sequence, end) for (sequence, _), end in zip(plan, ends, strict=True) if not sequence.left]
+        ready = [(sequence, end - 1) for (sequence, count), end in zip(plan, ends, strict=True) if sequence.left == count]
+        embeddings = embed_next(plan, self._table)
+        logits, chosen = self.decoder(embeddings, spans, [end for _, end in ready])
+        routed = chosen.numpy().swapaxes(0, 1)  # [T, L, K]
+        for (sequence, count), end in zip(plan, ends, strict=True):
+            first, last = sequence.cached, sequence.cached + count
+            sequence.experts[first:last] = routed[end - count : end]
+            self.counters["prompt_tokens"] += min(count, max(0, sequence.prompt_tokens - first))
+            sequence.cached = last
         self.counters["steps"] += 1
-        self.step_tokens.append(int(ends[-1]) + 1)
-        return self._sample([s for s, _ in ready], hidden[[int(end) for _, end in ready]]) if ready else []
+        self.step_tokens.append(ends[-1])
+        return self._sample([sequence for sequence, _ in ready], logits) if ready else []
 
     def stats(self) -> dict[str, Any]:
         return self.counters | {
             "running": len(self.running),
             "waiting": len(self.waiting),
             "kv_tokens": self.arena.kv_tokens,
-            "kv_tokens_used": self.arena.kv_tokens - self.arena.free_tokens,
+            "kv_tokens_used": sum(sequence.reserved_tokens for sequence in self.running),
         }
 
     def _admit(self) -> None:
@@ -125,13 +136,32 @@ class Engine:
             first = self.waiting[0]
             if self.running and (first.request.alone or self.running[0].request.alone):
                 return
-            extent = self.arena.allocate(first.reserved_tokens)
-            if extent is None:
+            first.extent = self._find_room(first.reserved_tokens)
+            if first.extent is None:
                 return
-            first.extent = extent
-            first.expert_load = np.zeros_like(self.expert_load)
+            first.experts = np.zeros((first.reserved_tokens, *self._slots), np.uint16)
+            self._reuse(first)
             self.running.append(self.waiting.popleft())
             self.queue_seconds.append(time.monotonic() - first.arrived)
+
+    def _find_room(self, size: int) -> Extent | None:
+        while (extent := self.arena.allocate(size)) is None and len(self.prefixes):
+            self.arena.release(self.prefixes.drop_oldest())
+        return extent
+
+    def _reuse(self, sequence: Sequence) -> None:
+        """Copy what is in the cache of the longest common beginning; the prompt's last token is always fed."""
+        keys = sequence.keys[:-1]
+        found = [(prefix.common(keys), prefix) for prefix in (other.prefix() for other in self.running)]
+        if (kept := self.prefixes.find(keys)) is not None:
+            found.append(kept)
+        length, prefix = max(found, key=lambda pair: pair[0], default=(0, None))
+        if length < SHORTEST:
+            return
+        self.arena.copy(prefix.extent.start, sequence.extent.start, length)
+        sequence.experts[:length] = prefix.experts[:length]
+        sequence.cached = sequence.reused = length
+        self.counters["reused_tokens"] += length
 
     def _plan(self) -> list[tuple[Sequence, int]]:
         """(sequence, how many of its tokens) of this step."""
@@ -145,10 +175,12 @@ class Engine:
         return plan
 
     @torch.inference_mode()
-    def _sample(self, ready: list[Sequence], hidden: torch.Tensor) -> list[Output]:
-        logits = self.model.language.get_output_embeddings()(hidden).float()
-        sound = torch.isfinite(logits).all(dim=-1)
-        tokens = sample(torch.where(sound[:, None], logits, 0.0), [sequence.row for sequence in ready])
+    def _sample(self, ready: list[Sequence], logits: torch.Tensor) -> list[Output]:
+        best, tokens = logits.max(dim=-1)
+        sound = torch.isfinite(best)
+        if not all(sequence.takes_the_likeliest for sequence in ready):
+            rows = [sequence.row for sequence in ready]
+            tokens = sample(torch.where(sound[:, None], logits, 0.0), rows)
         wanted = [sequence.request.params.logprobs for sequence in ready]
         most = max((k for k in wanted if k is not None), default=None)
         reported = None if most is None else top_logprobs(logits, tokens, most)
@@ -185,32 +217,29 @@ class Engine:
     ) -> Output:
         self._leave(sequence)
         self.counters["finished"] += 1
-        load = sequence.expert_load if self.expert_load.size else None
+        load = self._load(sequence) if self.expert_load.size else None
         return Output(sequence.request.id, text, tokens, logprobs, reason, error, load)
 
     def _leave(self, sequence: Sequence) -> None:
         if sequence.extent is None:
             self.waiting.remove(sequence)
-        else:
-            self.running.remove(sequence)
-            self.arena.release(sequence.extent)
+            return
+        self.running.remove(sequence)
+        self.expert_load += self._load(sequence, sequence.reused)
+        extent, kept = sequence.extent, sequence.cached if sequence.cached >= SHORTEST else 0
+        if kept:
+            self.prefixes.keep(sequence.prefix())
+        if extent.size > kept:
+            self.arena.release(Extent(extent.start + kept, extent.size - kept))
 
     def _describe(self, token: int, reported: tuple[float, list[tuple[int, float]]], k: int) -> TokenLogprob:
         logprob, alternatives = reported
         top = tuple((token_bytes(self.tokenizer, other), value) for other, value in alternatives[:k])
         return TokenLogprob(token_bytes(self.tokenizer, token), logprob, top)
 
-    def _count_experts(self, plan: list[tuple[Sequence, int]], kinds: torch.Tensor) -> None:
-        """Add this pass to the load of its sequences and of the engine: one bincount over everything."""
-        layers = self.model.recorder.layers
-        if not layers:
-            return
-        chosen = torch.stack([stats.experts for stats in layers]).cpu()  # [L, T, K]
-        owner = torch.repeat_interleave(torch.arange(len(plan)), torch.tensor([count for _, count in plan]))
-        shape = (len(plan), *self.expert_load.shape)
-        place = (owner * shape[1] + kinds)[None, :, None] * shape[2] + torch.arange(shape[2])[:, None, None]
-        flat = (place * shape[3] + chosen).reshape(-1)
-        load = torch.bincount(flat, minlength=int(np.prod(shape))).view(shape).numpy()
-        self.expert_load += load.sum(axis=0)
-        for (sequence, _), part in zip(plan, load, strict=True):
-            sequence.expert_load += part
+    def _load(self, sequence: Sequence, first: int = 0) -> np.ndarray:
+        """Routed slots [KINDS, L, E] of its tokens from the ``first`` on."""
+        shape = self.expert_load.shape
+        place = sequence.all_kinds()[first:, None] * shape[1] + np.arange(shape[1])
+        flat = place[..., None] * shape[2] + sequence.experts[first : sequence.cached]
+        return np.bincount(flat.ravel(), minlength=self.expert_load.size).reshape(shape)

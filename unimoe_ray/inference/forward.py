@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.nn import functional as F
@@ -22,28 +23,47 @@ class Span:
     count: int
 
 
-@torch.inference_mode()
-def forward(model: UniMoE, arena: KVArena, embeddings: torch.Tensor, spans: list[Span]) -> torch.Tensor:
-    """Final hidden states [T, H] of the input embeddings [T, H] of all spans, whose keys and values go to the arena.
+class Decoder(Protocol):
+    """The layers of a model, with the arena that they keep keys and values in."""
 
-    The layers are the model's own; only attention differs, in where it reads keys and values. Each span sees its own
-    sequence and nothing else, so a sequence has the same hidden states (to rounding) in any company. Routing
-    statistics of the pass are in ``model.recorder``.
-    """
-    decoder = model.language.get_decoder()
-    model.recorder.start(None)
-    positions = torch.cat([torch.arange(span.cached, span.cached + span.count) for span in spans])
-    places = torch.cat(
-        [torch.arange(span.start + span.cached, span.start + span.cached + span.count) for span in spans]
-    )
-    positions, places = positions.to(embeddings.device), places.to(embeddings.device)
-    rotary = decoder.rotary_emb(embeddings, positions[None])
-    hidden = embeddings
-    for index, layer in enumerate(decoder.layers):
-        normed, cache = layer.input_layernorm(hidden), (arena.keys[index], arena.values[index])
-        hidden = hidden + _attend(layer.self_attn, normed, rotary, cache, places, spans)
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return decoder.norm(hidden)
+    def __call__(
+        self, embeddings: torch.Tensor, spans: list[Span], ready: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the input embeddings [T, H] of all spans, whose keys and values go to the arena: logits [n, V] fp32 of the
+        rows ``ready``, and the experts of each token [L, T, K] int64 on the CPU (L mixtures, possibly 0), best first.
+
+        Each span sees its own sequence and nothing else, so a sequence has the same logits (to rounding) in any
+        company.
+        """
+
+
+class TorchDecoder:
+    """The model's own layers, on any device; only attention differs, in where it reads keys and values."""
+
+    def __init__(self, model: UniMoE, arena: KVArena):
+        self.model, self.arena = model, arena
+
+    @torch.inference_mode()
+    def __call__(
+        self, embeddings: torch.Tensor, spans: list[Span], ready: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        model, decoder = self.model, self.model.language.get_decoder()
+        model.recorder.start(None)
+        positions = torch.cat([torch.arange(span.cached, span.cached + span.count) for span in spans])
+        places = torch.cat(
+            [torch.arange(span.start + span.cached, span.start + span.cached + span.count) for span in spans]
+        )
+        positions, places = positions.to(embeddings.device), places.to(embeddings.device)
+        rotary = decoder.rotary_emb(embeddings, positions[None])
+        hidden = embeddings
+        for layer, keys, values in zip(decoder.layers, self.arena.keys, self.arena.values, strict=True):
+            hidden = hidden + _attend(
+                layer.self_attn, layer.input_layernorm(hidden), rotary, (keys, values), places, spans
+            )
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        chosen = [stats.experts for stats in model.recorder.layers]
+        logits = model.language.get_output_embeddings()(decoder.norm(hidden[ready])).float()
+        return logits, torch.stack(chosen).cpu() if chosen else torch.empty(0, len(embeddings), 1, dtype=torch.int64)
 
 
 def _attend(

@@ -50,6 +50,11 @@ class KVArena:
             self._free.append(Extent(hole.start + size, hole.size - size))
         return Extent(hole.start, size)
 
+    def copy(self, source: int, to: int, tokens: int) -> None:
+        """Keys and values of so many tokens of one extent to another."""
+        for values in (*self.keys, *self.values):
+            values[to : to + tokens] = values[source : source + tokens]
+
     def release(self, extent: Extent) -> None:
         """Give an extent back; it joins the holes beside it."""
         self._free.append(extent)

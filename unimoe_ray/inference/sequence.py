@@ -12,8 +12,9 @@ from tokenizers import Tokenizer
 
 from unimoe_ray.config.model import PLACEHOLDER_IDS
 from unimoe_ray.inference.kv_cache import Extent
+from unimoe_ray.inference.prefixes import Prefix, content_keys
 from unimoe_ray.inference.request import KINDS, GenerationRequest, RequestRefused
-from unimoe_ray.inference.sampling import Row
+from unimoe_ray.inference.sampling import GREEDY_BELOW, Row
 from unimoe_ray.inference.text import TextStream
 
 ANSWER = KINDS.index("answer")
@@ -23,20 +24,23 @@ _KIND_OF_PLACEHOLDER = {placeholder: KINDS.index(kind) for kind, placeholder in 
 @dataclass
 class Sequence:
     """ids [S] int64: the spliced prompt, 0 at soft tokens; soft: (first row, values [M, H]) of each file; kinds [S]:
-    index into KINDS. ``cached``: tokens whose keys and values are in the arena."""
+    index into KINDS; keys [S] int64: what each token is, for ``Prefix``. ``cached``: tokens whose keys and values are
+    in the arena, of which ``reused`` were copied there; experts [reserved, L, K]: where they were routed."""
 
     request: GenerationRequest
-    ids: torch.Tensor
+    ids: np.ndarray
     soft: list[tuple[int, torch.Tensor]]
-    kinds: torch.Tensor
+    kinds: np.ndarray
+    keys: np.ndarray
     max_new_tokens: int
     seed: int
     text: TextStream
     extent: Extent | None = None
     cached: int = 0
+    reused: int = 0
     generated: list[int] = field(default_factory=list)
     arrived: float = field(default_factory=time.monotonic)
-    expert_load: np.ndarray | None = None
+    experts: np.ndarray | None = None
 
     @classmethod
     def start(
@@ -44,6 +48,10 @@ class Sequence:
     ) -> Sequence:
         """Checks everything that the forward pass relies on. Raises RequestRefused."""
         ids, kinds, soft = _splice(request, hidden_size, vocab_size)
+        array = np.array(ids, np.int64)
+        keys = array.copy()
+        for begin, values in soft:
+            keys[begin : begin + len(values)] = content_keys(values.numpy())
         params = request.params
         room = max_positions - len(ids)
         if room < 1:
@@ -60,7 +68,7 @@ class Sequence:
             )
         seed = secrets.randbits(63) if params.seed is None else params.seed
         text = TextStream(tokenizer, params.stop)
-        return cls(request, torch.tensor(ids), soft, torch.tensor(kinds), wanted, seed, text)
+        return cls(request, array, soft, np.array(kinds), keys, wanted, seed, text)
 
     @property
     def prompt_tokens(self) -> int:
@@ -77,21 +85,42 @@ class Sequence:
         return self.prompt_tokens + len(self.generated) - self.cached
 
     @property
+    def takes_the_likeliest(self) -> bool:
+        params = self.request.params
+        return params.temperature < GREEDY_BELOW and not (params.frequency_penalty or params.presence_penalty)
+
+    @property
     def row(self) -> Row:
         return Row(self.request.params, self.generated, self.seed)
 
-    def next_inputs(self, count: int, embed: torch.nn.Embedding) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings [count, H] and kinds [count] of the next tokens to feed."""
-        if self.cached >= self.prompt_tokens:
-            token = torch.tensor(self.generated[-1:], device=embed.weight.device)
-            return embed(token), torch.tensor([ANSWER])
-        first, last = self.cached, self.cached + count
-        embeddings = embed(self.ids[first:last].to(embed.weight.device))
-        for begin, values in self.soft:
+    def all_kinds(self) -> np.ndarray:
+        """[cached] index into KINDS, of the tokens fed so far."""
+        return np.append(self.kinds, np.full(self.reserved_tokens - self.prompt_tokens, ANSWER))[: self.cached]
+
+    def prefix(self) -> Prefix:
+        """What its extent holds."""
+        keys = np.append(self.keys, np.array(self.generated, np.int64))[: self.cached]
+        return Prefix(keys, self.experts[: self.cached], Extent(self.extent.start, self.cached))
+
+
+def embed_next(plan: list[tuple[Sequence, int]], table: torch.Tensor) -> torch.Tensor:
+    """Input embeddings [T, H] of the next tokens of sequences, so many of each, end to end."""
+    ids: list[int] = []
+    places: list[tuple[int, torch.Tensor]] = []
+    for sequence, count in plan:
+        first, last = sequence.cached, sequence.cached + count
+        if first >= sequence.prompt_tokens:
+            ids.append(sequence.generated[-1])
+            continue
+        for begin, values in sequence.soft:
             low, high = max(first, begin), min(last, begin + len(values))
             if low < high:
-                embeddings[low - first : high - first] = values[low - begin : high - begin].to(embeddings)
-        return embeddings, self.kinds[first:last]
+                places.append((len(ids) + low - first, values[low - begin : high - begin]))
+        ids += sequence.ids[first:last].tolist()
+    embeddings = table.index_select(0, torch.tensor(ids, device=table.device))
+    for place, values in places:
+        embeddings[place : place + len(values)] = values.to(embeddings)
+    return embeddings
 
 
 def _splice(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
 from typing import Any
 
@@ -16,28 +16,38 @@ from unimoe_ray.model.moe import MoELayer
 from unimoe_ray.model.routing import RoutingSums
 from unimoe_ray.model.unimoe import UniMoE
 from unimoe_ray.parallel import cluster_topology
-from unimoe_ray.parallel.groups import expert_parallel_size
+from unimoe_ray.parallel.groups import Held, nearest_expert_parallel_size
 from unimoe_ray.parallel.placement import replan
 from unimoe_ray.parallel.placement_cost import Work, gain
 from unimoe_ray.parallel.topology import Loads, Placement, contiguous
 from unimoe_ray.training.engine import choose_accelerator, pick_precision
 
 
-def spread_experts(model: UniMoE, config: Config, device: torch.device) -> int:
+def spread_experts(model: UniMoE, config: Config, device: torch.device, placement: Sequence[Held] | None = None) -> int:
     """Drop the experts that other workers hold, as configured, and return how many workers share a mixture's experts.
 
-    Raises UsageError as ``expert_parallel_size``.
+    placement: to begin with, where as many workers share them as it is for; else experts lie in the order of their ids.
+    Where workers were lost or have come, and ``ep_size`` does not divide their number, it is the next larger that does,
+    which takes no more memory, else the next smaller.
     """
     layers, experts = len(mixtures(model)), model.config.moe.num_experts
     if not layers:
         return 1
-    ranks = expert_parallel_size(config.training.expert_parallel.ep_size, dist.get_world_size(), experts)
+    ranks = nearest_expert_parallel_size(config.training.expert_parallel.ep_size, dist.get_world_size(), experts)
     if ranks > 1:
         choose_accelerator(device)
         from unimoe_ray.parallel.expert_parallel import distribute
 
-        distribute(model, contiguous(layers, experts, ranks).layers)
+        usual = contiguous(layers, experts, ranks).layers
+        distribute(model, placement if placement is not None and len(placement[0]) == ranks else usual)
     return ranks
+
+
+def placement_of(model: UniMoE) -> list[Held] | None:
+    """Which experts of each mixture each worker holds, None where every worker has all."""
+    from unimoe_ray.parallel.expert_parallel import parallel_layers
+
+    return [layer.held for layer in parallel_layers(model)] or None
 
 
 def collect_experts(model: UniMoE) -> None:
@@ -60,6 +70,7 @@ class ExpertMover:
         self._ranks, self._config, self._make_engine = ranks, config, make_engine
         self._interval = config.placement.interval if ranks > 1 else 0
         self._routed: torch.Tensor | int = 0
+        self._steps = 0  # that it is of
         if self._interval:
             slots = config.placement.slots_per_rank(config.model.moe.num_experts, ranks)
             everywhere = cluster_topology.gather(slots, **config.placement.link_costs()).topology
@@ -72,7 +83,7 @@ class ExpertMover:
         """``step`` counts from 1; routing: this rank's. What was done, for ``metrics.jsonl``, if experts moved."""
         if not self._interval:
             return None
-        self._routed = self._routed + routing.routed.sum(1)
+        self._routed, self._steps = self._routed + routing.routed.sum(1), self._steps + 1
         if step % self._interval:
             return None
         started = time.perf_counter()
@@ -101,8 +112,8 @@ class ExpertMover:
         by_rank = self._routed.new_zeros(layers, self._ranks, experts)
         by_rank[:, dist.get_rank() % self._ranks] = self._routed
         dist.all_reduce(by_rank)
-        self._routed = 0
-        return Loads.by_rank(by_rank.cpu().numpy() / self._interval)
+        steps, self._routed, self._steps = self._steps, 0, 0
+        return Loads.by_rank(by_rank.cpu().numpy() / steps)
 
 
 def _work(mixture: MoELayer, config: Config, device: torch.device) -> Work:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from unimoe_ray.data.samples import Source
+from unimoe_ray.training import recovery
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a worker needs to know, picklable."""
+    """Everything a worker needs to know, picklable. states: where those of the run lie; decides: all that decides what
+    it learns, as a state of it says too."""
 
     config: dict[str, Any]
     info: dict[str, Any]
@@ -21,6 +23,8 @@ class Job:
     tokenizer: str
     folder: str
     recipe: str
+    states: str
+    decides: dict[str, Any]
 
     @property
     def label(self) -> str:
@@ -29,6 +33,8 @@ class Job:
 
 def train_worker(job: Job) -> None:
     """The Ray Train worker function."""
+    recovery.mark("entered")
     from unimoe_ray.training.loop import train
 
+    recovery.mark("imported")
     train(job)

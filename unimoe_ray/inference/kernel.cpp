@@ -1,0 +1,478 @@
+// One pass of a LLaMA with mixture layers over the new tokens of many sequences, for CPUs; see native.py.
+//
+// Weights are packed in panels: of a projection [N, K], panel p holds rows p*VL .. p*VL+VL-1 as [K][VL], so that one
+// load brings a weight of VL outputs and every weight is read once per block of up to MAX_ROWS tokens. Panels come in
+// pairs; missing rows are zeros. Of gate and up, panels alternate: gate, up, gate, up.
+//
+// Every number depends on its own token and sequence alone: sums run in one order, whatever the size of the batch.
+// So a sequence gets the same bits in any company and in chunks of any size.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include <omp.h>
+
+#if defined(__AVX512F__)
+constexpr int VL = 16, MAX_ROWS = 12;
+#elif defined(__AVX__)
+constexpr int VL = 8, MAX_ROWS = 6;
+#else
+constexpr int VL = 4, MAX_ROWS = 6;
+#endif
+constexpr int PAIR = 2 * VL;
+
+typedef float Vec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef int32_t Int __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef uint32_t Word __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef uint16_t Half __attribute__((vector_size(VL * 2), aligned(2), may_alias));
+typedef int8_t Byte __attribute__((vector_size(VL), aligned(1), may_alias));
+struct Bf16 { uint16_t bits; };
+
+static inline Vec load(const float *p) { return *(const Vec *)p; }
+static inline Vec load(const Bf16 *p) {
+    return (Vec)(__builtin_convertvector(*(const Half *)p, Word) << 16);
+}
+static inline Vec load(const int8_t *p) {
+    return __builtin_convertvector(__builtin_convertvector(*(const Byte *)p, Int), Vec);
+}
+static inline void store(float *p, Vec v) { *(Vec *)p = v; }
+static inline Vec all(float x) { return x - Vec{}; }
+
+static inline float value(float x) { return x; }
+static inline float value(Bf16 x) {
+    uint32_t word = uint32_t(x.bits) << 16;
+    float result;
+    memcpy(&result, &word, 4);
+    return result;
+}
+static inline void assign(float &to, float x) { to = x; }
+static inline void assign(Bf16 &to, float x) {  // to the nearest, ties to even
+    uint32_t word;
+    memcpy(&word, &x, 4);
+    to.bits = std::isnan(x) ? 0x7fc0 : uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+}
+
+static inline float sum(Vec v) {
+    float total = 0;
+    for (int i = 0; i < VL; i++) total += v[i];
+    return total;
+}
+
+static inline Vec bounded(Vec x, float low, float high) {
+    x = x < low ? all(low) : x;
+    return x > high ? all(high) : x;
+}
+
+// e to the x, relative error 2e-7 (the polynomial of Cephes); NaN stays NaN.
+static inline Vec exponential(Vec x) {
+    x = bounded(x, -87.3f, 88.3f);
+    Int n = __builtin_convertvector(x * 1.44269504f + all(12582912.0f) - all(12582912.0f), Int);
+    Vec whole = __builtin_convertvector(n, Vec);
+    Vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    Vec y = all(1.9875691500e-4f);
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    return x == x ? y * (Vec)((n + 127) << 23) : x;
+}
+
+// Products of MR rows x (stride ldx) with NP panels: out [MR][NP * VL].
+template <int MR, int NP, class W>
+static void tile(const float *x, long ldx, const void *weights, long K, float *out) {
+    const W *w = (const W *)weights;
+    Vec acc[MR][NP];
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m++)
+#pragma GCC unroll 4
+        for (int n = 0; n < NP; n++) acc[m][n] = Vec{};
+    for (long k = 0; k < K; k++) {
+        Vec b[NP];
+#pragma GCC unroll 4
+        for (int n = 0; n < NP; n++) b[n] = load(w + (n * K + k) * VL);
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; m++) {
+            Vec a = all(x[m * ldx + k]);
+#pragma GCC unroll 4
+            for (int n = 0; n < NP; n++) acc[m][n] += a * b[n];
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m++)
+#pragma GCC unroll 4
+        for (int n = 0; n < NP; n++) store(out + (m * NP + n) * VL, acc[m][n]);
+}
+
+using Tile = void (*)(const float *, long, const void *, long, float *);
+template <class W, int... M>
+static constexpr auto tiles(std::integer_sequence<int, M...>) {
+    struct Table { Tile of[sizeof...(M)]; };
+    return Table{{tile<M + 1, 2, W>...}};
+}
+template <class W>
+static constexpr auto TILES = tiles<W>(std::make_integer_sequence<int, MAX_ROWS>());
+
+enum Type { FP32, BF16, INT8 };
+static constexpr int BYTES[] = {4, 2, 1};
+static const Tile *const TILES_OF[] = {TILES<float>.of, TILES<Bf16>.of, TILES<int8_t>.of};
+// Few rows do not fill the multipliers' pipelines with two panels.
+static constexpr int FEW = 2;
+static const Tile FEW_OF[][FEW] = {
+    {tile<1, 4, float>, tile<2, 4, float>},
+    {tile<1, 4, Bf16>, tile<2, 4, Bf16>},
+    {tile<1, 4, int8_t>, tile<2, 4, int8_t>},
+};
+
+extern "C" {
+// Packed [N, K]; scale [N, padded]: of each output, for int8 only.
+struct Weights { const void *data; const float *scale; };
+struct Layer {
+    const float *input_norm, *post_norm, *router;  // router [E, H] or null: one dense feed-forward
+    Weights qkv, out;
+    const Weights *gate_up, *down;                 // of each expert
+    void *keys, *values;                           // [kv tokens, kv heads, D]
+    int32_t experts, top_k, inner, pad;
+};
+struct Model {
+    const Layer *layers;
+    const float *final_norm, *cos, *sin;           // cos, sin [positions, D]
+    Weights head;
+    int32_t num_layers, hidden, heads, kv_heads, head_dim, vocab, type, cache_type;
+    float eps, scaling;
+};
+struct Pass {
+    const float *embeddings;                       // [T, H]
+    const int32_t *starts, *positions;             // [T] where the token's sequence begins in the cache; its position
+    const int32_t *ready;                          // [n] rows that want logits
+    float *logits;                                 // [n, vocab, padded]
+    int32_t *chosen;                               // [sparse layers, T, K]
+    char *scratch;
+    int32_t tokens, num_ready, threads, pad;
+};
+}
+
+static long padded(long n) { return (n + PAIR - 1) / PAIR * PAIR; }
+
+struct Range { long from, to; };
+static Range share(long n, int thread, int threads) { return {n * thread / threads, n * (thread + 1) / threads}; }
+
+// Rows x [M, K] times pairs of panels; done(row, column, values) gets VL * panels outputs at a time.
+template <class Done>
+static void product(int type, const float *x, long ldx, long M, const Weights &w, long K, Range pairs, Done done) {
+    alignas(64) float out[MAX_ROWS * 2 * PAIR];
+    const long panel = K * VL * BYTES[type];
+    for (long pair = pairs.from; pair < pairs.to;) {
+        const bool few = M <= FEW && pair + 1 < pairs.to;
+        const int width = few ? 2 * PAIR : PAIR;
+        const void *data = (const char *)w.data + pair * 2 * panel;
+        const float *scale = w.scale ? w.scale + pair * PAIR : nullptr;
+        const long blocks = (M + MAX_ROWS - 1) / MAX_ROWS;
+        for (long block = 0; block < blocks; block++) {
+            const Range rows = share(M, block, blocks);
+            const long count = rows.to - rows.from;
+            const Tile run = few ? FEW_OF[type][count - 1] : TILES_OF[type][count - 1];
+            run(x + rows.from * ldx, ldx, data, K, out);
+            for (long m = 0; m < count; m++) {
+                float *values = out + m * width;
+                if (scale)
+                    for (int i = 0; i < width; i += VL) store(values + i, load(values + i) * load(scale + i));
+                for (int i = 0; i < width; i += PAIR) done(rows.from + m, pair * PAIR + i, values + i);
+            }
+        }
+        pair += width / PAIR;
+    }
+}
+
+static void rms_norm(const float *x, const float *weight, float eps, long H, float *out) {
+    Vec squares{};
+    long i = 0;
+    for (; i + VL <= H; i += VL) squares += load(x + i) * load(x + i);
+    float total = sum(squares);
+    for (; i < H; i++) total += x[i] * x[i];
+    const float scale = 1.0f / std::sqrt(total / H + eps);
+    for (i = 0; i < H; i++) out[i] = weight[i] * (x[i] * scale);
+}
+
+// Lanes of 1, 2, 4 .. vectors folded: the sums of VL vectors, in order. Destroys them.
+static inline Vec sums(Vec *v) {
+    Int even, odd;
+    for (int i = 0; i < VL; i++) even[i] = 2 * i, odd[i] = 2 * i + 1;
+    for (int n = VL / 2; n; n /= 2)
+        for (int i = 0; i < n; i++)
+            v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even) + __builtin_shuffle(v[2 * i], v[2 * i + 1], odd);
+    return v[0];
+}
+
+// One head of one token: query [D] over ``seen`` keys and values (rows of ``stride``), to out [D].
+template <class C>
+static void attend(const float *query, const C *keys, const C *values, long stride, long seen, long D, float scaling,
+                   float *scores, float *out) {
+    const long whole = D / VL * VL;
+    Vec most = all(-std::numeric_limits<float>::infinity());
+    for (long j = 0; j < seen; j += VL) {
+        Vec partial[VL];
+        const long count = std::min<long>(VL, seen - j);
+        for (long n = 0; n < VL; n++) {
+            const C *key = keys + (j + std::min(n, count - 1)) * stride;
+            Vec acc{};
+            for (long d = 0; d < whole; d += VL) acc += load(query + d) * load(key + d);
+            for (long d = whole; d < D; d++) acc[0] += query[d] * value(key[d]);
+            partial[n] = acc;
+        }
+        Vec score = sums(partial) * scaling;
+        for (long n = count; n < VL; n++) score[n] = -std::numeric_limits<float>::infinity();
+        most = score > most ? score : most;
+        store(scores + j, score);
+    }
+    float top = most[0];
+    for (int i = 1; i < VL; i++) top = std::max(top, most[i]);
+    Vec total{};
+    for (long j = 0; j < seen; j += VL) {
+        Vec p = exponential(load(scores + j) - top);
+        for (long n = seen - j; n < VL; n++) p[n] = 0;
+        total += p;
+        store(scores + j, p);
+    }
+    const float share = 1.0f / sum(total);
+    constexpr int GROUP = 4;
+    long d = 0;
+    for (; d + GROUP * VL <= D; d += GROUP * VL) {
+        Vec acc[GROUP] = {};
+        for (long j = 0; j < seen; j++)
+#pragma GCC unroll 4
+            for (int g = 0; g < GROUP; g++) acc[g] += scores[j] * load(values + j * stride + d + g * VL);
+        for (int g = 0; g < GROUP; g++) store(out + d + g * VL, acc[g] * share);
+    }
+    for (; d + VL <= D; d += VL) {
+        Vec acc{};
+        for (long j = 0; j < seen; j++) acc += scores[j] * load(values + j * stride + d);
+        store(out + d, acc * share);
+    }
+    for (; d < D; d++) {
+        float acc = 0;
+        for (long j = 0; j < seen; j++) acc += scores[j] * value(values[j * stride + d]);
+        out[d] = acc * share;
+    }
+}
+
+// Rotary embedding of one head [D], halves rotated into each other.
+template <class C>
+static void rotate(const float *x, const float *cos, const float *sin, long D, C *out) {
+    const long half = D / 2;
+    for (long i = 0; i < half; i++) {
+        const float a = x[i], b = x[i + half];
+        assign(out[i], a * cos[i] - b * sin[i]);
+        assign(out[i + half], b * cos[i + half] + a * sin[i + half]);
+    }
+}
+
+// The largest K of E logits, best first, and softmax over them.
+static void choose(const float *logits, int E, int K, int32_t *experts, float *weights) {
+    for (int k = 0; k < K; k++) {
+        int best = -1;
+        for (int e = 0; e < E; e++) {
+            bool taken = false;
+            for (int other = 0; other < k; other++) taken |= experts[other] == e;
+            // NaN is above all, as in torch.topk
+            if (!taken && (best < 0 || logits[e] > logits[best] || (std::isnan(logits[e]) && !std::isnan(logits[best]))))
+                best = e;
+        }
+        experts[k] = best;
+    }
+    float total = 0;
+    for (int k = 0; k < K; k++) total += weights[k] = std::exp(logits[experts[k]] - logits[experts[0]]);
+    for (int k = 0; k < K; k++) weights[k] /= total;
+}
+
+struct Scratch {
+    float *residual, *normed, *qkv, *mixed, *rows, *activated, *weights, *scores;
+    int32_t *experts, *order, *firsts;
+    long qkv_width, mixed_width, inner_width, score_width, order_width, max_k, max_e;
+
+    // Also measures: without memory, returns the bytes needed.
+    long lay(const Model &m, long T, long ready, long longest, int threads, char *memory) {
+        long inner = 0;
+        max_k = max_e = 1;
+        for (int l = 0; l < m.num_layers; l++) {
+            inner = std::max<long>(inner, m.layers[l].inner);
+            max_k = std::max<long>(max_k, m.layers[l].top_k);
+            max_e = std::max<long>(max_e, m.layers[l].experts);
+        }
+        const long H = padded(m.hidden);
+        qkv_width = padded((m.heads + 2 * m.kv_heads) * m.head_dim);
+        mixed_width = padded(m.heads * m.head_dim);
+        inner_width = padded(2 * inner) / 2 + VL;
+        score_width = padded(longest);
+        order_width = T * max_k;
+        long used = 0;
+        auto take = [&](auto *&pointer, long count) {
+            pointer = (std::remove_reference_t<decltype(pointer)>)(memory + used);
+            used += (count * 4 + 63) / 64 * 64;
+        };
+        take(residual, T * H);
+        take(normed, std::max(T, ready) * H);
+        take(qkv, T * qkv_width);
+        take(mixed, T * mixed_width);
+        take(rows, T * max_k * H);
+        take(activated, T * max_k * inner_width);
+        take(weights, T * max_k);
+        take(experts, T * max_k);
+        take(scores, threads * score_width);
+        take(order, threads * order_width);
+        take(firsts, threads * (max_e + 1));
+        return used;
+    }
+};
+
+// Tokens sorted by expert: order [T*K] slots, firsts [E+1] where each expert's begin.
+static void sort_slots(const int32_t *experts, long slots, int E, int32_t *order, int32_t *firsts) {
+    std::fill(firsts, firsts + E + 1, 0);
+    for (long s = 0; s < slots; s++) firsts[experts[s] + 1]++;
+    for (int e = 0; e < E; e++) firsts[e + 1] += firsts[e];
+    for (long s = 0; s < slots; s++) order[firsts[experts[s]]++] = int32_t(s);
+    for (int e = E; e > 0; e--) firsts[e] = firsts[e - 1];
+    firsts[0] = 0;
+}
+
+template <class C>
+static void attention(const Model &m, const Layer &layer, const Pass &pass, const Scratch &s, int thread) {
+    const long D = m.head_dim, stride = m.kv_heads * D, group = m.heads / m.kv_heads;
+    C *keys = (C *)layer.keys, *values = (C *)layer.values;
+#pragma omp for schedule(static)
+    for (long t = 0; t < pass.tokens; t++) {
+        float *row = s.qkv + t * s.qkv_width;
+        const long position = pass.positions[t], place = (pass.starts[t] + position) * stride;
+        const float *cos = m.cos + position * D, *sin = m.sin + position * D;
+        for (long h = 0; h < m.heads; h++) rotate(row + h * D, cos, sin, D, row + h * D);
+        row += m.heads * D;
+        for (long h = 0; h < m.kv_heads; h++) rotate(row + h * D, cos, sin, D, keys + place + h * D);
+        row += stride;
+        for (long i = 0; i < stride; i++) assign(values[place + i], row[i]);
+    }
+#pragma omp for schedule(dynamic, 4)
+    for (long unit = 0; unit < pass.tokens * m.heads; unit++) {
+        const long t = unit / m.heads, h = unit % m.heads;
+        const long begin = pass.starts[t] * stride + h / group * D;
+        attend(s.qkv + t * s.qkv_width + h * D, keys + begin, values + begin, stride, pass.positions[t] + 1L, D,
+               m.scaling, s.scores + thread * s.score_width, s.mixed + t * s.mixed_width + h * D);
+    }
+}
+
+static void feed_forward(const Model &m, const Layer &layer, const Pass &pass, const Scratch &s, int32_t *chosen,
+                         int thread, int threads) {
+    const long H = padded(m.hidden), E = layer.experts, K = layer.top_k, slots = pass.tokens * K;
+    const long pairs = padded(2 * layer.inner) / PAIR;
+#pragma omp for schedule(static)
+    for (long t = 0; t < pass.tokens; t++) {
+        float *normed = s.normed + t * H;
+        rms_norm(s.residual + t * H, layer.post_norm, m.eps, m.hidden, normed);
+        if (!layer.router) {
+            s.experts[t] = 0, s.weights[t] = 1;
+            continue;
+        }
+        float logits[256];
+        for (long e = 0; e < E; e++) {
+            const float *row = layer.router + e * m.hidden;
+            Vec acc{};
+            long i = 0;
+            for (; i + VL <= m.hidden; i += VL) acc += load(normed + i) * load(row + i);
+            float total = sum(acc);
+            for (; i < m.hidden; i++) total += normed[i] * row[i];
+            logits[e] = total;
+        }
+        choose(logits, E, K, s.experts + t * K, s.weights + t * K);
+    }
+    int32_t *order = s.order + thread * s.order_width, *firsts = s.firsts + thread * (s.max_e + 1);
+    sort_slots(s.experts, slots, E, order, firsts);
+    if (chosen && !thread) memcpy(chosen, s.experts, slots * 4);
+    const bool gather = K > 1 || E > 1;
+    const float *rows = gather ? s.rows : s.normed;
+    if (gather) {
+#pragma omp for schedule(static)
+        for (long slot = 0; slot < slots; slot++) memcpy(s.rows + slot * H, s.normed + order[slot] / K * H, H * 4);
+    }
+    for (long e = 0; e < E; e++) {
+        const long first = firsts[e], count = firsts[e + 1] - first;
+        if (!count) continue;
+        product(m.type, rows + first * H, H, count, layer.gate_up[e], m.hidden, share(pairs, thread, threads),
+                [&](long row, long column, const float *values) {
+                    const Vec gate = load(values), up = load(values + VL);
+                    store(s.activated + (first + row) * s.inner_width + column / 2,
+                          gate / (1.0f + exponential(-gate)) * up);
+                });
+    }
+#pragma omp barrier
+    for (long e = 0; e < E; e++) {
+        const long first = firsts[e], count = firsts[e + 1] - first;
+        if (!count) continue;
+        product(m.type, s.activated + first * s.inner_width, s.inner_width, count, layer.down[e], layer.inner,
+                share(H / PAIR, thread, threads), [&](long row, long column, const float *values) {
+                    const int32_t slot = order[first + row];
+                    float *to = s.residual + slot / K * H + column;
+                    const float weight = s.weights[slot];
+                    store(to, load(to) + weight * load(values));
+                    store(to + VL, load(to + VL) + weight * load(values + VL));
+                });
+    }
+#pragma omp barrier
+}
+
+extern "C" {
+
+int32_t vector_length() { return VL; }
+
+int64_t scratch_bytes(const Model *m, int32_t tokens, int32_t ready, int32_t longest, int32_t threads) {
+    return Scratch().lay(*m, tokens, ready, longest, threads, nullptr);
+}
+
+// ``longest``: the most keys that a token of this pass sees.
+void forward(const Model *model, const Pass *given, int32_t longest) {
+    const Model &m = *model;
+    const Pass &pass = *given;
+    const long H = padded(m.hidden), T = pass.tokens;
+    Scratch s;
+    s.lay(m, T, pass.num_ready, longest, pass.threads, pass.scratch);
+#pragma omp parallel num_threads(pass.threads)
+    {
+        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        int32_t *chosen = pass.chosen;
+        for (int l = 0; l < m.num_layers; l++) {
+            const Layer &layer = m.layers[l];
+#pragma omp for schedule(static)
+            for (long t = 0; t < T; t++) {
+                if (!l) memcpy(s.residual + t * H, pass.embeddings + t * m.hidden, m.hidden * 4);
+                rms_norm(s.residual + t * H, layer.input_norm, m.eps, m.hidden, s.normed + t * H);
+            }
+            product(m.type, s.normed, H, T, layer.qkv, m.hidden, share(s.qkv_width / PAIR, thread, threads),
+                    [&](long row, long column, const float *values) {
+                        memcpy(s.qkv + row * s.qkv_width + column, values, PAIR * 4);
+                    });
+#pragma omp barrier
+            if (m.cache_type == BF16) attention<Bf16>(m, layer, pass, s, thread);
+            else attention<float>(m, layer, pass, s, thread);
+            product(m.type, s.mixed, s.mixed_width, T, layer.out, m.heads * m.head_dim,
+                    share(H / PAIR, thread, threads), [&](long row, long column, const float *values) {
+                        float *to = s.residual + row * H + column;
+                        store(to, load(to) + load(values));
+                        store(to + VL, load(to + VL) + load(values + VL));
+                    });
+#pragma omp barrier
+            feed_forward(m, layer, pass, s, layer.router ? chosen : nullptr, thread, threads);
+            if (layer.router) chosen += T * layer.top_k;
+        }
+#pragma omp for schedule(static)
+        for (long n = 0; n < pass.num_ready; n++)
+            rms_norm(s.residual + pass.ready[n] * H, m.final_norm, m.eps, m.hidden, s.normed + n * H);
+        const long vocab = padded(m.vocab);
+        product(m.type, s.normed, H, pass.num_ready, m.head, m.hidden, share(vocab / PAIR, thread, threads),
+                [&](long row, long column, const float *values) {
+                    memcpy(pass.logits + row * vocab + column, values, PAIR * 4);
+                });
+    }
+}
+}
