@@ -187,7 +187,12 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
         pipeline.prepare(settings, progress)
 
-    return _job(arguments, work)
+    def comments(settings: Config) -> str:
+        from unimoe_ray.store_table import store_table
+
+        return "".join(f"# {line}\n" for line in store_table(settings))
+
+    return _job(arguments, work, comments)
 
 
 def _check(arguments: argparse.Namespace) -> int:

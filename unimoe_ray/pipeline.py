@@ -107,7 +107,7 @@ def encode_settings(config: Config) -> EncodeSettings:
     towers = load_towers(config)
     return EncodeSettings(
         root=str(Path(config.data.dir).resolve() / "features"),
-        fingerprints={m: _fingerprint(config, m, towers[TOWER_OF[m]].fingerprint()) for m in MODALITIES},
+        fingerprints={m: fingerprint(config, m, towers[TOWER_OF[m]].fingerprint()) for m in MODALITIES},
         frames=config.model.video.frames,
         data=config.data,
         load_tower=partial(load_tower, config),
@@ -227,7 +227,7 @@ def with_checkpoint(config: Config, say: Callable[[str], None] | None = None) ->
     return config.model_copy(update={"model": config.model.model_copy(update={"language": language})})
 
 
-def _fingerprint(config: Config, modality: str, tower: str) -> str:
+def fingerprint(config: Config, modality: str, tower: str) -> str:
     """Stored features depend on the tower and, for videos, on how many frames are taken."""
     return f"f{config.model.video.frames}-{tower}" if modality == "video" else tower
 

@@ -25,7 +25,8 @@ from unimoe_ray.config.model import MODALITIES
 from unimoe_ray.data import prepare as preparing
 from unimoe_ray.data.encode import EncodeSettings
 from unimoe_ray.data.features import TOWER_OF, decode_media, encode_files
-from unimoe_ray.data.loader import iterate_steps, rank_dataset, read_features
+from unimoe_ray.data.loader import Layout, iterate_steps, rank_dataset, read_features
+from unimoe_ray.data.plan import Order
 from unimoe_ray.data.samples import SampleTable
 from unimoe_ray.data.schema import parse_record
 from unimoe_ray.data.store import FeatureStore, blocks
@@ -267,20 +268,20 @@ def test_streamed_batches_are_those_of_the_store(cluster, tmp_path):
     before = len(encodings(streamed.log))
 
     def batches(job: StandInJob) -> list[dict[str, np.ndarray]]:
-        source = job.source("train")
-        plan = [[np.array([0, 1, 2]), np.array([14, 1])], [np.array([7, 3, 7, 5])], [np.array([0, 14])]]
-        steps = iterate_steps(rank_dataset(source, plan, steps_per_block=2), prefetch_blocks=1)
+        order, layout = Order((("look", 1.0),), batch_size=6, seed=0, steps=5), Layout(0, 1, max_tokens=40)
+        dataset = rank_dataset(job.source("train"), order, layout, steps_per_block=2)
+        steps = iterate_steps(dataset, prefetch_blocks=1)
         return [arrays for step in steps for arrays in step.micro_batches]
 
     expected, found = batches(stored), batches(streamed)
-    assert len(expected) == len(found) == 4
+    assert len(expected) == len(found) > 5
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.keys() == theirs.keys()
         assert all(np.array_equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
     assert expected[0]["image.values"].any()
-    # Eight pictures, some of them twice: one actor made each once, and wrote none of them.
+    # All pictures, each twice: one actor made each once, and wrote none of them.
     made = encodings(streamed.log)[before:]
-    assert len(made) == 7 and len({pid for pid, _ in made}) == 1 and len(FeatureStore(streamed.folder)) == 5
+    assert len(made) == 15 and len({pid for pid, _ in made}) == 1 and len(FeatureStore(streamed.folder)) == 5
     # What is held out comes from the store, without a tower.
     held = [streamed.source("test"), stored.source("test")]
     names = SampleTable(Path(held[0].samples)).get(0).media

@@ -1,5 +1,6 @@
 """Features made on the fly, and the sizes by which it is chosen. No cluster."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,15 @@ from unimoe_ray.data import stream as streaming
 from unimoe_ray.data.catalog import Catalog
 from unimoe_ray.data.encode import EncodeSettings
 from unimoe_ray.data.features import encode_files
+from unimoe_ray.data.locations import content_key
 from unimoe_ray.data.schema import Media, Sample
 from unimoe_ray.data.sizes import StoreSize, chosen, size_lines, store_sizes
 from unimoe_ray.data.sources import Placed
+from unimoe_ray.data.store import StoredFeatures, partition_dir, write_block
 from unimoe_ray.data.stream import Stream, Streamer, write_places
 from unimoe_ray.errors import UnimoeError
+from unimoe_ray.store_table import store_table
+from unimoe_ray.towers import load_tower
 
 
 def settings(root: Path, **data) -> EncodeSettings:
@@ -93,3 +98,36 @@ def test_sizes_are_told_by_a_few_files(tmp_path, paths):
     lines = size_lines([StoreSize("image", 12, 1, 4, 12, there=2, seconds=7200.0)], how, 2)
     assert " ".join(lines[2].split()) == "image 12 2 1 x 4 x 12 0.000 0.000 10 h 00 min"
     assert lines[3] == "in all 0.000 GB in fp16, more than data.store_max_gb=1e-06; data.features=auto: stream"
+
+
+def test_a_dry_run_says_what_the_store_needs(tmp_path, paths):
+    records = [
+        {
+            "id": name,
+            "image": path,
+            "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}],
+        }
+        for name, path in paths.items()
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    data = {"sources": [{"path": str(tmp_path / "train.json")}], "store_max_gb": 1e-5}
+    config = tiny_config(tmp_path, mini={"random_towers": True}, data=data)
+    before = sorted(tmp_path.iterdir())
+    head, store, _, image, total, how = store_table(config)
+    assert head == "12 records, 12 media files, 0 records unusable" and sorted(tmp_path.iterdir()) == before
+    assert store.startswith(f"feature store {tmp_path / 'data' / 'features'}: ")
+    assert " ".join(image.split()).startswith("image 12 0 1 x 16 x 112 0.000 0.000 0 min")
+    assert total == "in all 0.000 GB in fp16, more than data.store_max_gb=1e-05; data.features=auto: stream"
+    assert "2 workers" in how
+    # What is stored already is counted, too.
+    tower = load_tower(config, "image")
+    folder = partition_dir(tmp_path / "data" / "features", "image", tower.fingerprint())
+    write_block(folder, [content_key([path], 2**20) for path in list(paths.values())[:5]], [stored()] * 5)
+    assert " ".join(store_table(config)[3].split()).startswith("image 12 5 1 x 16 x 112")
+    gone = tiny_config(tmp_path, data={"source": str(tmp_path / "gone")})
+    (line,) = store_table(gone)
+    assert line.startswith("nothing to count: ") and "gone" in line
+
+
+def stored() -> StoredFeatures:
+    return StoredFeatures(np.zeros((1, 16, 112), np.float16), [16])

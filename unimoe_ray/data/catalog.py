@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unimoe_ray.data.locations import BadMedia, content_key
-from unimoe_ray.data.schema import BadSample, Media, Sample
+from unimoe_ray.data.schema import BadSample, Kind, Media, Sample
 from unimoe_ray.data.sources import BadRecord, Placed
 
 # Journals would be of use after a crash only, and then all is read again.
@@ -35,6 +35,11 @@ PAGE = 1000
 HASHERS = 8  # threads that read media; most of it, and SHA-256, is outside of Python's lock
 UNMARKED = "tokens IS NULL AND fault IS NULL"
 NOT_HELD_OUT = "NOT held_out"
+
+
+def of_kind(kind: Kind) -> str:
+    """A condition on media."""
+    return f"name GLOB '{kind}/*'"
 
 
 @dataclass(frozen=True)
@@ -154,10 +159,7 @@ class Catalog:
     def find(self, kind: str, which: str = "TRUE", page: int = PAGE) -> Iterator[list[tuple[str, list[str]]]]:
         """Content key and paths of the media of one kind, some at a time, in the order of use. which: ``UNMARKED``,
         ``NOT_HELD_OUT``, both (AND)."""
-        rows = self.db.execute(
-            f"SELECT name, paths FROM media WHERE {which} AND substr(name, 1, ?) = ? ORDER BY number",
-            (len(kind) + 1, f"{kind}/"),
-        )
+        rows = self.db.execute(f"SELECT name, paths FROM media WHERE {which} AND {of_kind(kind)} ORDER BY number")
         while part := rows.fetchmany(page):
             yield [(name.partition("/")[2], json.loads(paths)) for name, paths in part]
 
@@ -168,11 +170,11 @@ class Catalog:
 
     def some(self, kind: str, most: int) -> list[list[str]]:
         """Paths of a few media of one kind, from all over."""
-        step = max(1, self.count("media", f"substr(name, 1, {len(kind) + 1}) = '{kind}/'") // most)
+        step = max(1, self.count("media", of_kind(kind)) // most)
         rows = self.db.execute(
             "SELECT paths FROM (SELECT paths, ROW_NUMBER() OVER (ORDER BY number) - 1 AS n FROM media "
-            "WHERE substr(name, 1, ?) = ?) WHERE n % ? = 0 LIMIT ?",
-            (len(kind) + 1, f"{kind}/", step, most),
+            f"WHERE {of_kind(kind)}) WHERE n % ? = 0 LIMIT ?",
+            (step, most),
         )
         return [json.loads(paths) for (paths,) in rows]
 

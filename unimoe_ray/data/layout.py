@@ -46,8 +46,8 @@ def split_step(
 
 
 def pack(lengths: np.ndarray, row_tokens: int) -> list[np.ndarray]:
-    """Rows of samples of about equal sums of lengths, as few as have at most ``row_tokens`` each (a longer sample is
-    alone): indices into lengths [B], in ascending order.
+    """Rows of samples of about equal sums of lengths, as few as have at most ``row_tokens`` each, or as many tokens as
+    the longest sample: indices into lengths [B], in ascending order.
 
     The longest sample first, each to the row with the least (Graham, 1969).
     """

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from unimoe_ray.data.catalog import Catalog
+from unimoe_ray.data.catalog import Catalog, of_kind
 from unimoe_ray.data.encode import EncodeSettings
 from unimoe_ray.data.features import TOWER_OF, decode_media, encode_files
 from unimoe_ray.data.locations import BadMedia
@@ -58,7 +58,7 @@ def store_sizes(
         lengths = [tower.tokens_for(item) for item in decoded]
         windows = sum(map(len, lengths)) / len(lengths)
         tokens = sum(len(each) * max(each) for each in lengths) / sum(map(len, lengths))
-        media = catalog.count("media", f"substr(name, 1, {len(kind) + 1}) = '{kind}/'")
+        media = catalog.count("media", of_kind(kind))
         runs = measured_tower and measured_tower(TOWER_OF[kind])
         seconds = _seconds(runs, kind, catalog, settings) if runs else None
         sizes.append(StoreSize(kind, media, windows, tokens, tower.feature_dim, seconds=seconds))
