@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +236,7 @@ def _spoil(engine, factor: float) -> None:
 
     def spoiled(*given):
         loss = forward(*given)
-        return type(loss)(loss.token_loss * factor, *list(loss)[1:])
+        return replace(loss, token_loss=loss.token_loss * factor)
 
     def once(*given):
         engine.module.forward = forward
