@@ -188,7 +188,7 @@ def count_tokens(
     which = f"{UNMARKED} AND {NOT_HELD_OUT}"
     if total := catalog.count("media", which):
         count = write_todo(catalog, kinds, settings, scratch, which)
-        results = _run(CountBlock, (settings, str(scratch.resolve())), settings, count, workers)
+        results = run_actors(CountBlock, (settings, str(scratch.resolve())), settings, count, workers)
         _mark(catalog, results, soft_tokens, partial(on_progress, "decoding media"), total)
         scratch.unlink()
 
@@ -223,7 +223,7 @@ def encode_missing(
             continue
         waiting = False
         count = write_todo(catalog, folders, settings, scratch)
-        results = _run(EncodeBlock, (settings, str(scratch.resolve()), job, since), settings, count, workers)
+        results = run_actors(EncodeBlock, (settings, str(scratch.resolve()), job, since), settings, count, workers)
         encoded += _mark(catalog, results, soft_tokens, partial(on_progress, "encoding media"), total)
         scratch.unlink()
 
@@ -295,7 +295,7 @@ def write_todo(
     return count
 
 
-def _run(actor: type, arguments: tuple, settings: EncodeSettings, count: int, workers: int) -> Iterator[pa.Table]:
+def run_actors(actor: type, arguments: tuple, settings: EncodeSettings, count: int, workers: int) -> Iterator[pa.Table]:
     """What a pool of actors makes of the numbers of ``count`` blocks, as it comes."""
     for first in range(0, count, RUN_BLOCKS):
         numbers = range(first, min(first + RUN_BLOCKS, count))
