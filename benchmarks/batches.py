@@ -1,8 +1,9 @@
 """How full micro-batches are, what a training step costs in them, and what planning costs at growing sizes.
 
 naive: samples in the plan's order, as many as fit, groups mixed; bucketed: by modality group and length, as trained by
-default; packed: rows shared by samples of a group (``training.packed_row_tokens``: 256, or the whole micro-batch). Steps of the mini suite need its prepared files
-(``unimoe prepare``; overrides such as data.dir=... say where); lengths like LLaVA-665K's are synthetic.
+default; packed: rows shared by samples of a group (``training.packed_row_tokens``: 256, or the whole micro-batch).
+Steps of the mini suite need its prepared files (``unimoe prepare``; overrides such as data.dir=... say where); lengths
+like LLaVA-665K's are synthetic.
 """
 
 from __future__ import annotations
