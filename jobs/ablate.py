@@ -20,7 +20,8 @@ from unimoe_ray.progress import TrainProgress
 
 def ablate(experiment: Experiment, split: str, slots: int, console: Console) -> None:
     """Run what is not finished; ``results-SPLIT.json`` and ``.md`` of the folder have the tables."""
-    with cluster.connect(experiment.base, slots + cluster.DATA_CPUS), TrainProgress(console) as progress:
+    cpus = max(slots, len(experiment.base.stages.experts)) + cluster.DATA_CPUS
+    with cluster.connect(experiment.base, cpus), TrainProgress(console) as progress:
         run_experiment(experiment, split, slots, progress)
     found = collect(experiment, split)
     (experiment.out / f"results-{split}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")

@@ -33,7 +33,8 @@ def run_experiment(experiment: Experiment, split: str, slots: int, progress: Tra
             pipeline.prepare(config, shown)
             for stage in TRUNK_STAGES:
                 pipeline.train(config, stage, shown)
-    with ThreadPoolExecutor(slots, thread_name_prefix="arm") as pool:
+    pool = ThreadPoolExecutor(slots, thread_name_prefix="arm")
+    try:
         futures = [
             pool.submit(run_arm, trunks[seed], config, split, _Named(progress, config.name))
             for (_, seed), config in experiment.runs().items()
@@ -41,8 +42,11 @@ def run_experiment(experiment: Experiment, split: str, slots: int, progress: Tra
         done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
         for future in waiting:
             future.cancel()
+        wait(waiting)  # for those that had begun
         for future in done:
             future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def run_arm(trunk: Config, config: Config, split: str, progress: _Named) -> None:
