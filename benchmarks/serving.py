@@ -125,8 +125,9 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def make_prompts(count: int) -> list[list[int]]:
-    rng = random.Random(count)
+def make_prompts(count: int, number: int = 0) -> list[list[int]]:
+    """Others for each ``number``, as an engine may remember those that it has seen."""
+    rng = random.Random(1000 * number + count)
     lengths = [50] if count == 1 else [20 + 70 * n // (count - 1) for n in range(count)]
     rng.shuffle(lengths)
     return [[rng.randrange(3, VOCAB) for _ in range(length)] for length in lengths]
@@ -191,7 +192,7 @@ def measure(workers: list[Worker], counts: list[int], rounds: int) -> dict[tuple
     results: dict[tuple[str, int], list[Result]] = {}
     for number in range(rounds):
         for count in counts:
-            prompts = make_prompts(count)
+            prompts = make_prompts(count, number + 1)
             for worker in random.Random(number * 100 + count).sample(workers, len(workers)):
                 reply = worker.ask(prompts, NEW)
                 ttft = statistics.mean(reply["first_s"])
