@@ -106,7 +106,9 @@ def make_model(size: dict[str, int], folder: Path) -> UniMoE:
                 parameter.normal_(0, 0.06)
         model.language.lm_head.weight[END] = 0
     save_file(model.language.state_dict(), folder / "ours.safetensors")
-    (folder / "ours.json").write_text(json.dumps({"model": settings, "vocab_size": VOCAB, "feature_dims": FEATURE_DIMS}))
+    (folder / "ours.json").write_text(
+        json.dumps({"model": settings, "vocab_size": VOCAB, "feature_dims": FEATURE_DIMS})
+    )
     (folder / "mixtral").mkdir()
     write_mixtral(model.language, folder / "mixtral")
     make_tokenizer().save(str(folder / "tokenizer.json"))

@@ -110,7 +110,9 @@ class Engine:
             return []
         ends = np.cumsum([count for _, count in plan]).tolist()
         spans = [Span(sequence.extent.start, sequence.cached, count) for sequence, count in plan]
-        ready = [(sequence, end - 1) for (sequence, count), end in zip(plan, ends, strict=True) if sequence.left == count]
+        ready = [
+            (sequence, end - 1) for (sequence, count), end in zip(plan, ends, strict=True) if sequence.left == count
+        ]
         embeddings = embed_next(plan, self._table)
         logits, chosen = self.decoder(embeddings, spans, [end for _, end in ready])
         routed = chosen.numpy().swapaxes(0, 1)  # [T, L, K]
