@@ -67,7 +67,7 @@ class Worker:
             env["PYTHONPATH"] = str(root)
         command = [str(python), str(root / "benchmarks/serving_engines.py"), name, str(folder), str(threads)]
         self.name = name
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  open as long as the process
         self.process = subprocess.Popen(
             command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
         )

@@ -95,7 +95,7 @@ def run(engine: Engine, requests: list[GenerationRequest], joins: list[int] | No
         while left and left[0][0] <= step:
             engine.add(engine.start(requests[left.pop(0)[1]]))
         for output in engine.step():
-            outputs[output.request_id].append(output)
+            outputs.setdefault(output.request_id, []).append(output)
         step += 1
     return outputs
 
@@ -292,8 +292,7 @@ def shared_beginning() -> tuple[list[int], list[np.ndarray]]:
 
 
 def answer_exactly(engine: Engine, request: GenerationRequest) -> list:
-    (outputs,) = run(engine, [replace(request, params=replace(request.params, logprobs=2))]).values()
-    return outputs
+    return run(engine, [replace(request, params=replace(request.params, logprobs=2))])[request.id]
 
 
 @pytest.mark.parametrize("running", [False, True], ids=["after it has left", "while it runs"])
