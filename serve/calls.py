@@ -26,13 +26,14 @@ class MediaFile:
 @dataclass(frozen=True)
 class Task:
     """What the language model is asked. turns: (question with placeholders, answer), the last answer empty; kinds: of
-    the media files, in the order of their placeholders. alone: with nothing else in the batch."""
+    the media files, in the order of their placeholders. trial, generated: as in ``GenerationRequest``."""
 
     request_id: str
     turns: tuple[tuple[str, str], ...]
     kinds: tuple[str, ...]
     params: SamplingParams
-    alone: bool = False
+    trial: int = 0
+    generated: tuple[int, ...] = ()
 
     def key(self, media_keys: list[str]) -> str:
         """What identifies the work, whoever asks for it."""

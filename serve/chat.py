@@ -24,7 +24,7 @@ MB = 1_000_000
 class Runner(Protocol):
     """What answers a task (``serve.relay.Relay``)."""
 
-    def run(self, task: Task, files: list[MediaFile], *, streaming: bool) -> AsyncIterator[Started | Output]: ...
+    def run(self, task: Task, files: list[MediaFile]) -> AsyncIterator[Started | Output]: ...
 
 
 class Observer(Protocol):
@@ -36,7 +36,7 @@ class Observer(Protocol):
 
 @dataclass
 class Answer:
-    """An answer as far as it has come. A second ``Started`` begins anew."""
+    """An answer as far as it has come."""
 
     started: Started | None = None
     text: str = ""
@@ -48,7 +48,7 @@ class Answer:
     def take(self, item: Started | Output) -> None:
         """Raises ApiError when the engine gave up."""
         if isinstance(item, Started):
-            self.__init__(item)
+            self.started = item
             return
         if item.finish_reason == "error":
             raise ApiError(500, f"the model failed: {item.error}")
@@ -104,7 +104,7 @@ class Chat:
     ) -> dict[str, Any]:
         """The whole answer as one object. ``deadline``: ``time.monotonic`` of its end. Raises ApiError."""
         answer = Answer()
-        async for item in self._items(task, files, deadline, streaming=False):
+        async for item in self._items(task, files, deadline):
             answer.take(item)
         choice: dict[str, Any] = {
             "index": 0,
@@ -126,7 +126,7 @@ class Chat:
             choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
             return chunk(task.request_id, self._model, created, [choice])
 
-        async for item in self._items(task, files, deadline, streaming=True):
+        async for item in self._items(task, files, deadline):
             answer.take(item)
             if isinstance(item, Started) or not (item.text or item.logprobs or item.finish_reason):
                 continue
@@ -143,11 +143,9 @@ class Chat:
         if extra:
             yield chunk(task.request_id, self._model, created, [], **extra)
 
-    async def _items(
-        self, task: Task, files: list[MediaFile], deadline: float, *, streaming: bool
-    ) -> AsyncIterator[Started | Output]:
+    async def _items(self, task: Task, files: list[MediaFile], deadline: float) -> AsyncIterator[Started | Output]:
         """What the runner says, in time, with the time that it takes."""
-        items = self._runner.run(task, files, streaming=streaming)
+        items = self._runner.run(task, files)
         arrived = before = time.monotonic()
         tokens = 0
         try:

@@ -51,7 +51,7 @@ class LanguageModel:
         # Not in the event loop: a long text takes seconds, in which no health check would be answered.
         ids, note = await asyncio.to_thread(self._encode, sample, soft_tokens, task.params.max_new_tokens or 1)
         files = list(soft_tokens[len(soft_tokens) - sum(token < 0 for token in ids) :])
-        request = GenerationRequest(task.request_id, ids, files, task.params, task.alone)
+        request = GenerationRequest(task.request_id, ids, files, task.params, task.trial, task.generated)
         tokens, ended = 0, False
         try:
             async with aclosing(self._running().generate(request)) as items:

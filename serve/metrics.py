@@ -27,7 +27,7 @@ NOISE = ("Component", "SessionName", "Version")
 class IngressMetrics:
     def __init__(self) -> None:
         self._requests = Counter("unimoe_requests_total", "Answers by HTTP status.", ("status",))
-        self.retries = Counter("unimoe_retries_total", "Requests begun again because a replica ended.")
+        self.retries = Counter("unimoe_retries_total", "Requests that went on elsewhere because a replica ended.")
         self.ttft = Histogram("unimoe_ttft_seconds", "From the arrival of a request to its first token.", SECONDS)
         self.inter_token = Histogram("unimoe_inter_token_seconds", "Between two tokens of an answer.", SECONDS)
         self._cache = Counter("unimoe_embedding_cache_total", "Media by kind and outcome.", ("kind", "outcome"))

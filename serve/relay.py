@@ -1,18 +1,19 @@
 """One request through the deployments: media to encoders, their soft tokens to the language model, tokens back.
 
 An encoder's answer is passed on as a reference that nobody here reads: arrays go from the encoder's node to the
-language model's through the object store. When a replica dies, the request starts again unless the client has seen a
-part of it.
+language model's through the object store. When the language model's replica dies, another goes on from the tokens so
+far: the client sees a pause.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ray.exceptions import (
@@ -42,19 +43,28 @@ logger = logging.getLogger("ray.serve")
 LANGUAGE = "language"
 # A request that lost its replica this often for reasons of its own would be refused by then; the rest is bad luck.
 MAX_TRIES = 5
+# New tokens that a suspect generates alone. The replica may have been further than what was seen of it when it died:
+# who loses another one after such a trial gets a longer one.
+TRIAL_TOKENS = 8
+BUSY_WAIT_S = 0.5
 # What a call raises when the process or node behind it, or a value that it left, is gone. A shared call is cancelled
 # when the client that made it leaves.
 CRASHED = (RayActorError, ObjectLostError, WorkerCrashedError, ReplicaUnavailableError)
 LOST = (*CRASHED, TaskCancelledError, asyncio.CancelledError)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Call:
-    """key: what is asked, by content; keys: of each file, by kind, content and model."""
+    """key: what is asked, by content; keys: of each file, by kind, content and model. started, tokens, finished: how
+    far the answer has come; alone: it is on trial now."""
 
     key: str
     files: list[MediaFile]
     keys: list[str]
+    started: bool = False
+    tokens: list[int] = field(default_factory=list)
+    finished: bool = False
+    alone: bool = False
 
 
 class Relay:
@@ -81,45 +91,75 @@ class Relay:
         self._retry_after_s = retry_after_s
         self._metrics = metrics
 
-    async def run(self, task: Task, files: list[MediaFile], *, streaming: bool) -> AsyncIterator[Started | Output]:
-        """``Started``, then outputs to the last. A second ``Started`` begins anew: forget the outputs before it. While
-        ``streaming`` that happens only until the first output with something to show. Raises ApiError."""
+    async def run(self, task: Task, files: list[MediaFile]) -> AsyncIterator[Started | Output]:
+        """``Started``, then outputs to the last, as if nothing happened to any replica. Raises ApiError.
+
+        An answer that has started is never sent away: it waits for a replica, for as long as the caller does.
+        """
         keys = [f"{file.key}/{self._fingerprint}" for file in files]
         call = _Call(task.key(keys), files, keys)
-        for _ in range(MAX_TRIES):
-            self._refuse_crashers(call)
-            shown = False
-            alone = self._suspects.is_suspect(call.key)
+        if task.params.seed is None:  # Whoever goes on must draw the same tokens.
+            task = replace(task, params=replace(task.params, seed=secrets.randbits(63)))
+        lost = 0
+        while lost < MAX_TRIES:
             encoded: list[DeploymentResponse] = []
             try:
+                self._refuse_crashers(call)
                 encoded = await asyncio.gather(*map(self._encode, files, keys))
-                generating = self._generate(replace(task, alone=alone), encoded)
-                async with self._turn(LANGUAGE, alone), aclosing(generating) as items:
+                # Another name each time: the replica may still have the request, lost from sight.
+                again = replace(task, request_id=f"{task.request_id}.{lost}", generated=tuple(call.tokens))
+                async with aclosing(self._generate(again, call, lost, encoded)) as items:
                     async for item in items:
-                        if isinstance(item, Started):
-                            self._note_sizes(keys, item)
-                        shown |= isinstance(item, Output) and bool(item.text or item.logprobs)
-                        yield item
-                self._suspects.clear(call.key)
+                        if (told := self._take(call, item)) is not None:
+                            yield told
                 return
             except (RayError, RayServeException, asyncio.CancelledError) as error:
                 _raise_if_ours(error)
-                await self._look_into(call, alone, encoded, error)
-            if streaming and shown:
-                raise ApiError(503, "the answer broke off: the model's replica ended", code="replica_lost")
-            self._metrics.retries.inc()
-        raise ApiError(503, "the model's replicas keep ending; try again later", retry_after=self._retry_after_s)
+                if call.finished:
+                    return
+                if await self._was_lost(call, encoded, error):
+                    lost += 1
+                    self._metrics.retries.inc()
+                else:
+                    await asyncio.sleep(BUSY_WAIT_S)
+        message = "the model's replicas keep ending; try again later"
+        raise ApiError(503, message, code="replica_lost", retry_after=self._retry_after_s)
 
-    async def _generate(self, task: Task, encoded: list[DeploymentResponse]) -> AsyncIterator[Started | Output]:
-        """A call to the language model, cancelled when it is left before its end."""
-        items = self._language.generate.remote(task, *encoded)
-        ended = False
+    def _take(self, call: _Call, item: Started | Output) -> Started | Output | None:
+        """Note how far the answer has come; None for what the caller knows already."""
+        if isinstance(item, Started):
+            self._note_sizes(call.keys, item)
+            known, call.started = call.started, True
+            return None if known else item
+        call.tokens += item.token_ids
+        call.finished = item.finish_reason is not None
+        return item
+
+    async def _generate(
+        self, task: Task, call: _Call, lost: int, encoded: list[DeploymentResponse]
+    ) -> AsyncIterator[Started | Output]:
+        """A call to the language model, cancelled when it is left before its end. What a suspect says on trial is kept
+        until it is over, so that no client holds up the next one by being slow."""
+        suspect, ended = self._suspects.is_suspect(call.key), False
+        items, tried = None, []
         try:
+            async with self._turn(LANGUAGE, suspect):
+                # It may have been cleared or refused while it waited for its turn.
+                self._refuse_crashers(call)
+                call.alone = self._suspects.is_suspect(call.key)
+                trial = TRIAL_TOKENS * 4 ** max(0, lost - 1) if call.alone else 0
+                items = self._language.generate.remote(replace(task, trial=trial), *encoded)
+                if trial:
+                    tried = await _tokens_of(items, trial)
+                    self._suspects.clear(call.key)
+                    call.alone = False
+            for item in tried:
+                yield item
             async for item in items:
                 yield item
             ended = True
         finally:
-            if not ended:
+            if items is not None and not ended:
                 items.cancel()
 
     async def _encode(self, file: MediaFile, key: str) -> DeploymentResponse:
@@ -157,11 +197,9 @@ class Relay:
         if self._suspects.is_refused(call.key):
             raise ApiError(400, "this request has crashed the model twice", "messages", "crashes")
 
-    async def _look_into(
-        self, call: _Call, alone: bool, encoded: list[DeploymentResponse], error: BaseException
-    ) -> None:
+    async def _was_lost(self, call: _Call, encoded: list[DeploymentResponse], error: BaseException) -> bool:
         """After an error of the language model's call, which may be one of the encoders' whose answers it waited for:
-        raises ApiError, or returns when the call may be tried again."""
+        raises ApiError, or returns when the call may be tried again; False if all that it needs is room."""
         outcomes = await asyncio.gather(*map(_outcome, encoded))
         lost = []
         for file, key, response, outcome in zip(call.files, call.keys, encoded, outcomes, strict=False):
@@ -176,10 +214,13 @@ class Relay:
             if _is_a(outcome, CRASHED):
                 self._suspects.crashed(key, alone=False)
         if not _is_a(error, LOST):
+            if call.started and _is_busy(error):
+                return False
             raise self._api_error(error) from error
         if not lost and _is_a(error, CRASHED):
-            self._suspects.crashed(call.key, alone)
-        logger.warning(f"lost {', '.join(lost) or LANGUAGE} while answering: {type(error).__name__}")
+            self._suspects.crashed(call.key, call.alone)
+        logger.warning(f"lost {', '.join(lost) or LANGUAGE} after {len(call.tokens)} tokens: {type(error).__name__}")
+        return True
 
     def _note_sizes(self, keys: list[str], started: Started) -> None:
         for key, nbytes in zip(keys, started.media_bytes, strict=True):
@@ -187,7 +228,7 @@ class Relay:
 
     def _api_error(self, error: RayError | RayServeException) -> ApiError:
         cause = error.cause if isinstance(error, RayTaskError) else error
-        if isinstance(cause, BackPressureError | EngineBusy):
+        if _is_busy(error):
             message = "too many requests are waiting; try again later"
             return ApiError(429, message, code="busy", retry_after=self._retry_after_s)
         if isinstance(cause, RequestRefused):
@@ -196,6 +237,23 @@ class Relay:
             return ApiError(503, "the model can't be reached", retry_after=self._retry_after_s)
         logger.error(f"unexpected error of a deployment: {error}")
         return ApiError(500, f"the model failed ({type(cause).__name__})")
+
+
+async def _tokens_of(items: AsyncIterator[Started | Output], count: int) -> list[Started | Output]:
+    """What comes with the first ``count`` tokens; less if that is all."""
+    taken: list[Started | Output] = []
+    async for item in items:
+        taken.append(item)
+        if isinstance(item, Output):
+            count -= len(item.token_ids)
+            if count <= 0 or item.finish_reason is not None:
+                break
+    return taken
+
+
+def _is_busy(error: BaseException) -> bool:
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return isinstance(cause, BackPressureError | EngineBusy)
 
 
 def _is_a(error: BaseException, kinds: tuple[type[BaseException], ...]) -> bool:

@@ -1,7 +1,7 @@
 """Inputs that were being worked on when a replica died.
 
-Whatever was in the replica is suspected, most of it wrongly. A suspect runs alone the next time: if the replica dies
-again it was the input, which is refused from then on; if not, it is cleared.
+Whatever was in the replica is suspected, most of it wrongly. A suspect is tried alone the next time: if the replica
+dies again it was the input, which is refused from then on; if not, it is cleared.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Suspects:
             self._convicted.popitem(last=False)
 
     def clear(self, key: str) -> None:
-        """The input ran to its end."""
+        """The input was tried alone, and no replica died."""
         self._convicted.pop(key, None)
 
     def _get(self, key: str) -> bool | None:

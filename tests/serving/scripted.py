@@ -49,8 +49,8 @@ class Runner:
     tasks: list = field(default_factory=list)
     closed: threading.Event = field(default_factory=threading.Event)
 
-    async def run(self, task, files, *, streaming):
-        self.tasks.append((task, files, streaming))
+    async def run(self, task, files):
+        self.tasks.append((task, files))
         try:
             for item in self.script:
                 if isinstance(item, Exception):

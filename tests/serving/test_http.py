@@ -123,22 +123,6 @@ def test_logprobs(site, streaming):
     assert site.runner.tasks[-1][0].params.logprobs == 2
 
 
-def test_an_answer_begun_anew_replaces_what_came_before():
-    script = (STARTED, Output("r", "", (9, 9)), Started(8, (), ()), *ANSWER[1:])
-    with serving(*script) as site:
-        answer = site.chat().json()
-        assert answer["choices"][0]["message"]["content"] == "a cat"
-        assert answer["usage"] == {"prompt_tokens": 8, "completion_tokens": 4, "total_tokens": 12}
-        *_, usage, _ = chunks = events_of(site.chat(stream=True, stream_options={"include_usage": True}))
-        assert usage["usage"] == answer["usage"]
-        assert [c["choices"][0]["delta"].get("content") for c in chunks[:-2]] == ["", "a ", "cat", None]
-
-
-def test_text_before_a_new_beginning_is_forgotten_in_an_answer_in_one_piece():
-    with serving(STARTED, Output("r", "a dog, no: ", (9,)), *ANSWER) as site:
-        assert site.chat().json()["choices"][0]["message"]["content"] == "a cat"
-
-
 def test_an_empty_answer_is_an_answer():
     empty = (STARTED, Output("r", "", (2,), finish_reason="stop"))
     with serving(*empty) as site:

@@ -136,7 +136,7 @@ class Engine:
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.config.max_running:
             first = self.waiting[0]
-            if self.running and (first.request.alone or self.running[0].request.alone):
+            if self.running and self.running[-1].on_trial:
                 return
             first.extent = self._find_room(first.reserved_tokens)
             if first.extent is None:
@@ -167,9 +167,11 @@ class Engine:
 
     def _plan(self) -> list[tuple[Sequence, int]]:
         """(sequence, how many of its tokens) of this step."""
-        plan = [(sequence, 1) for sequence in self.running if sequence.left == 1]
+        # Nobody joins while one is on trial: it came last. The others pause.
+        running = self.running[-1:] if self.running and self.running[-1].on_trial else self.running
+        plan = [(sequence, 1) for sequence in running if sequence.left == 1]
         budget = max(1, self.config.max_step_tokens - len(plan))
-        for sequence in self.running:
+        for sequence in running:
             if sequence.left > 1 and budget:
                 count = min(sequence.left, budget)
                 plan.append((sequence, count))

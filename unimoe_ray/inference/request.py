@@ -58,15 +58,18 @@ class SamplingParams:
 class GenerationRequest:
     """ids: the prompt, text ids and one placeholder id per media file; soft_tokens: [M, H] of each file, in order.
 
-    alone: run it with nothing else in the batch. It is suspected of having crashed a replica, and whatever runs
-    beside it would be under the same suspicion.
+    trial: it is suspected of having crashed a replica, so for so many tokens it runs with nothing else in the step:
+    if it crashes again, there is one culprit.
+    generated: what another engine has given out of the answer already; only what follows is given out here, and it is
+    what would have followed there.
     """
 
     id: str
     ids: list[int]
     soft_tokens: list[np.ndarray] = field(default_factory=list)
     params: SamplingParams = SamplingParams()
-    alone: bool = False
+    trial: int = 0
+    generated: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,12 @@ class Sequence:
                 "max_completion_tokens",
             )
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        text = TextStream(tokenizer, params.stop)
-        return cls(request, array, soft, np.array(kinds), keys, wanted, seed, text)
+        text, generated = TextStream(tokenizer, params.stop), list(request.generated)
+        if len(generated) >= wanted or not all(0 <= token < vocab_size for token in generated):
+            raise RequestRefused(f"{len(generated)} tokens of an answer of {wanted}: nothing to go on with", "messages")
+        for token in generated:
+            text.push(token)
+        return cls(request, array, soft, np.array(kinds), keys, wanted, seed, text, generated=generated)
 
     @property
     def prompt_tokens(self) -> int:
@@ -83,6 +87,10 @@ class Sequence:
     def left(self) -> int:
         """Tokens to feed before the next one can be sampled."""
         return self.prompt_tokens + len(self.generated) - self.cached
+
+    @property
+    def on_trial(self) -> bool:
+        return len(self.generated) < len(self.request.generated) + self.request.trial
 
     @property
     def takes_the_likeliest(self) -> bool:
@@ -110,13 +118,14 @@ def embed_next(plan: list[tuple[Sequence, int]], table: torch.Tensor) -> torch.T
     for sequence, count in plan:
         first, last = sequence.cached, sequence.cached + count
         if first >= sequence.prompt_tokens:
-            ids.append(sequence.generated[-1])
+            ids += sequence.generated[first - sequence.prompt_tokens : last - sequence.prompt_tokens]
             continue
         for begin, values in sequence.soft:
             low, high = max(first, begin), min(last, begin + len(values))
             if low < high:
                 places.append((len(ids) + low - first, values[low - begin : high - begin]))
         ids += sequence.ids[first:last].tolist()
+        ids += sequence.generated[: max(0, last - sequence.prompt_tokens)]
     embeddings = table.index_select(0, torch.tensor(ids, device=table.device))
     for place, values in places:
         embeddings[place : place + len(values)] = values.to(embeddings)
