@@ -43,7 +43,7 @@ def _run(arguments: argparse.Namespace) -> int:
             print(json.dumps(answer))
         else:
             for page in pages:
-                console.print(page)
+                console.print(page, soft_wrap=isinstance(page, str))
 
     if arguments.command == "list":
         give({"states": [show.summary(one) for one in found]}, show.states_table(settings.name, found))
