@@ -99,11 +99,12 @@ class PoolPolicy(ScalingPolicy):
             return NoopDecision()
         if self._differs_since is None or wanted != self._wanted:
             self._differs_since, self._wanted = now, wanted
-        if now - self._differs_since >= (self._grow_after if wanted > has else SHRINK_AFTER_S):
+        leaving = bool(self._nodes_used - nodes.keys())
+        if leaving or now - self._differs_since >= (self._grow_after if wanted > has else SHRINK_AFTER_S):
             # They save and raise PlannedRestart; the decision about how many there are then is the one above.
             log.info("asking %d workers to save and stop: there is to be %d", has, wanted)
             for worker in workers:
-                worker.execute_async(interrupt.request, "resize")
+                worker.execute_async(interrupt.request, "preemption" if leaving else "resize")
             self._asked = True
         return NoopDecision()
 
