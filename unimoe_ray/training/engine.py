@@ -75,9 +75,17 @@ def initialize(model: UniMoE, groups: list[Group], config: TrainingConfig, weigh
     if pick_precision(config, device) is torch.bfloat16:
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    _drop_hooks(engine)
     if dist.get_world_size() > 1:
         model.recorder.group_sum = GroupSum.apply
     return engine
+
+
+def _drop_hooks(engine) -> None:
+    """ZeRO's hook on every parameter, which runs in every backward pass. ``backward_step`` has gradients reduced once,
+    after the last of them: until then the hooks find out that there is nothing to do, for up to a tenth of the time."""
+    while engine.optimizer._grad_acc_hooks:
+        engine.optimizer._grad_acc_hooks.pop().remove()
 
 
 def set_learning_rates(engine, factor: float) -> None:
