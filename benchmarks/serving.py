@@ -67,7 +67,7 @@ class Worker:
             env["PYTHONPATH"] = str(root)
         command = [str(python), str(root / "benchmarks/serving_engines.py"), name, str(folder), str(threads)]
         self.name = name
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  open as long as the process
         self.process = subprocess.Popen(
             command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
         )
@@ -106,7 +106,9 @@ def make_model(size: dict[str, int], folder: Path) -> UniMoE:
                 parameter.normal_(0, 0.06)
         model.language.lm_head.weight[END] = 0
     save_file(model.language.state_dict(), folder / "ours.safetensors")
-    (folder / "ours.json").write_text(json.dumps({"model": settings, "vocab_size": VOCAB, "feature_dims": FEATURE_DIMS}))
+    (folder / "ours.json").write_text(
+        json.dumps({"model": settings, "vocab_size": VOCAB, "feature_dims": FEATURE_DIMS})
+    )
     (folder / "mixtral").mkdir()
     write_mixtral(model.language, folder / "mixtral")
     make_tokenizer().save(str(folder / "tokenizer.json"))
@@ -125,8 +127,9 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def make_prompts(count: int) -> list[list[int]]:
-    rng = random.Random(count)
+def make_prompts(count: int, number: int = 0) -> list[list[int]]:
+    """Others for each ``number``, as an engine may remember those that it has seen."""
+    rng = random.Random(1000 * number + count)
     lengths = [50] if count == 1 else [20 + 70 * n // (count - 1) for n in range(count)]
     rng.shuffle(lengths)
     return [[rng.randrange(3, VOCAB) for _ in range(length)] for length in lengths]
@@ -191,7 +194,7 @@ def measure(workers: list[Worker], counts: list[int], rounds: int) -> dict[tuple
     results: dict[tuple[str, int], list[Result]] = {}
     for number in range(rounds):
         for count in counts:
-            prompts = make_prompts(count)
+            prompts = make_prompts(count, number + 1)
             for worker in random.Random(number * 100 + count).sample(workers, len(workers)):
                 reply = worker.ask(prompts, NEW)
                 ttft = statistics.mean(reply["first_s"])

@@ -1,8 +1,8 @@
 """The engines that ``serving.py`` compares, each in a process of its own, fed with lines of JSON.
 
-A task is ``{"prompts": [[id, ...], ...], "new": n}``; all its requests arrive at once and are answered greedily, the end
-token being one like any other. The reply is ``{"tokens": [[id, ...], ...], "first_s": [...], "wall_s": s, "cpu_s": s}``.
-vLLM's process runs in an environment without this package: here are lazy imports only.
+A task is ``{"prompts": [[id, ...], ...], "new": n}``; all its requests arrive at once and are answered greedily, the
+end token being one like any other. The reply is ``{"tokens": [[id, ...], ...], "first_s": [...], "wall_s": s,
+"cpu_s": s}``. vLLM's process runs in an environment without this package: here are lazy imports only.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def _mixtral(folder: Path, experts: str):
     from transformers import MixtralForCausalLM
 
     logging.disable(logging.WARNING)
-    model = MixtralForCausalLM.from_pretrained(folder / "mixtral", dtype=torch.float32, attn_implementation="sdpa").eval()
+    model = MixtralForCausalLM.from_pretrained(
+        folder / "mixtral", dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
     model.set_experts_implementation(experts)
     return model
 

@@ -40,7 +40,7 @@ class LanguageModel:
         on_gpu = bool(serving.language.num_gpus) and torch.cuda.is_available()
         in_bf16 = serving.engine.precision == "bf16" or (serving.engine.precision == "auto" and on_gpu)
         model.to("cuda" if on_gpu else "cpu", torch.bfloat16 if in_bf16 else torch.float32)
-        self._engine = Engine(model, tokenizer, serving.engine)
+        self._engine = Engine(model, tokenizer, serving.engine, keep_weights=False)
         self._experts = tuple(info.model["moe"]["slots"]) if info.sparse else ()
         self._backend: AsyncEngine | None = None
         self._metrics = LanguageMetrics(self._experts)

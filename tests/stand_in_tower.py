@@ -8,6 +8,7 @@ import os
 import time
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tests.tiny import tiny_config
 from unimoe_ray.config.data import SourceConfig
 from unimoe_ray.data import prepare as preparing
 from unimoe_ray.data.encode import EncodeSettings
+from unimoe_ray.data.samples import Source
 from unimoe_ray.model.features import Features
 
 
@@ -69,15 +71,21 @@ def pictures(folder: Path, count: int, first: int = 0) -> list[Path]:
 
 
 class StandInJob:
-    """A preparation of pictures."""
+    """A preparation of pictures for training, and of some for testing."""
 
-    def __init__(self, root: Path, name: str, paths: list[Path], seconds: float = 0.0):
-        self.config = tiny_config(root, name=name, data={"encode_batch": 8})
-        self.records, self.log, self.said = root / f"{name}.json", root / "log", []
-        turns = [{"from": "human", "value": "<image> x?"}, {"from": "gpt", "value": "yes"}]
-        self.records.write_text(
-            json.dumps([{"id": p.stem, "task": "look", "image": str(p), "conversations": turns} for p in paths])
-        )
+    def __init__(
+        self, root: Path, name: str, paths: list[Path], seconds: float = 0.0, held_out: Sequence[Path] = (), **data
+    ):
+        root.mkdir(exist_ok=True)
+        self.config = tiny_config(root, name=name, data={"encode_batch": 8, **data})
+        self.log, self.said = root / "log", []
+        self.sources = []
+        for split, files in {"train": paths, "test": held_out}.items():
+            turns = [{"from": "human", "value": "<image> x?"}, {"from": "gpt", "value": "yes"}]
+            records = [{"id": p.stem, "task": "look", "image": str(p), "conversations": turns} for p in files]
+            path = root / f"{name}-{split}.json"
+            path.write_text(json.dumps(records))
+            self.sources.append(SourceConfig(path=str(path), split=split))
         tower = partial(StandInTower, self.log, seconds)
         self.settings = EncodeSettings(
             str(root / "features"), {"image": "tower"}, 2, self.config.data, lambda _: tower()
@@ -85,7 +93,8 @@ class StandInJob:
         self.folder = self.settings.partition("image")
 
     def prepare(self, workers: int = 1) -> preparing.Prepared:
-        sources = [SourceConfig(path=str(self.records))]
-        return preparing.prepare(
-            self.config, sources, self.settings, lambda _, n: sum(n), workers, lambda *_: None, self.said.append
-        )
+        soft_tokens, show = lambda _, lengths: sum(lengths), lambda *_: None  # noqa: E731
+        return preparing.prepare(self.config, self.sources, self.settings, soft_tokens, workers, show, self.said.append)
+
+    def source(self, split: str) -> Source:
+        return preparing.source(self.config, split, self.settings)

@@ -140,9 +140,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=_doctor)
 
+    from unimoe_ray.checkpoint import commands as checkpoint
     from unimoe_ray.kuberay import commands as kubernetes
     from unimoe_ray.submission import commands as submission
 
+    checkpoint.add_to(commands)
     submission.add_to(commands)
     kubernetes.add_to(commands)
     return parser
@@ -185,7 +187,12 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
         pipeline.prepare(settings, progress)
 
-    return _job(arguments, work)
+    def comments(settings: Config) -> str:
+        from unimoe_ray.store_table import store_table
+
+        return "".join(f"# {line}\n" for line in store_table(settings))
+
+    return _job(arguments, work, comments)
 
 
 def _check(arguments: argparse.Namespace) -> int:

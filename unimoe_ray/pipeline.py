@@ -6,7 +6,7 @@ import fcntl
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from unimoe_ray import cluster
+from unimoe_ray.checkpoint import states
 from unimoe_ray.config import Config, dump
 from unimoe_ray.config.model import MODALITIES
 from unimoe_ray.config.training import STAGES
@@ -53,8 +54,9 @@ def open_run(config: Config) -> Iterator[Path]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UnimoeError(f"{folder}: another command is using this run folder") from None
-            # The data are found again from wherever the run is used.
-            found = config.model_copy(update={"data": absolute(config.data)})
+            # Data and states are found again from wherever the run is used.
+            places = {"data": absolute(config.data), "checkpoint": states.absolute(config.checkpoint)}
+            found = config.model_copy(update=places)
             (folder / "config.yaml").write_text(dump(found), encoding="utf-8")
             yield folder
     except OSError as error:
@@ -72,24 +74,14 @@ def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
     """The suite (for the embedded default), the feature store and the tokenised samples."""
     suite = mini.suite(config, progress.message) if config.data.is_mini else None
     towers = load_towers(config)
-    dims = {modality: towers[TOWER_OF[modality]].feature_dim for modality in MODALITIES}
-    settings = EncodeSettings(
-        root=str(Path(config.data.dir).resolve() / "features"),
-        fingerprints={m: _fingerprint(config, m, towers[TOWER_OF[m]].fingerprint()) for m in MODALITIES},
-        frames=config.model.video.frames,
-        data=config.data,
-        load_tower=partial(load_tower, config),
-        threads=cluster.decoders(config),
-        gpu=cluster.uses_gpu(config),
-    )
     connectors = {
-        m: build_connector(m, dims[m], 1, config.model.connector_of(m), config.model.video) for m in MODALITIES
+        m: build_connector(m, towers[TOWER_OF[m]].feature_dim, 1, config.model.connector_of(m), config.model.video)
+        for m in MODALITIES
     }
-    del towers
     result = preparing.prepare(
         with_checkpoint(config, progress.message),
         sources_of(absolute(config.data), suite and suite.resolve()),
-        settings,
+        replace(encode_settings(config), threads=cluster.decoders(config), gpu=cluster.uses_gpu(config)),
         lambda kind, lengths: connectors[kind].soft_tokens(lengths),
         cluster.workers(config),
         progress.count,
@@ -108,6 +100,19 @@ def prepare(config: Config, progress: TrainProgress) -> preparing.Prepared:
             f"{first['split']} {first['id']}: {first['what']}); all in {path}"
         )
     return result
+
+
+def encode_settings(config: Config) -> EncodeSettings:
+    """How the media of a run are encoded, on CPUs. Loads the towers."""
+    towers = load_towers(config)
+    return EncodeSettings(
+        root=str(Path(config.data.dir).resolve() / "features"),
+        fingerprints={m: fingerprint(config, m, towers[TOWER_OF[m]].fingerprint()) for m in MODALITIES},
+        frames=config.model.video.frames,
+        data=config.data,
+        load_tower=partial(load_tower, config),
+        sketch_tower=partial(sketch_tower, config),
+    )
 
 
 def check(config: Config, progress: TrainProgress) -> bool:
@@ -153,7 +158,7 @@ def _train_stage(config: Config, stage: str, progress: TrainProgress) -> None:
         config,
         stage,
         info,
-        preparing.source(config, "train"),
+        preparing.source(config, "train", encode_settings(config)),
         preparing.tokenizer_path(config),
         workers=cluster.workers(config),
         use_gpu=cluster.uses_gpu(config),
@@ -166,8 +171,10 @@ def _train_stage(config: Config, stage: str, progress: TrainProgress) -> None:
 
 
 def follow_runs(run_dir: Path, progress: TrainProgress) -> Callable[[Path, list[str]], None]:
-    """For ``run_stage``: shows the steps and the findings of its runs."""
-    lines, findings = (follow_metrics(run_dir / name) for name in ("metrics.jsonl", "findings.jsonl"))
+    """For ``run_stage``: shows the steps, the findings and the failures of its runs, a traceback once."""
+    files = ("metrics.jsonl", "findings.jsonl", "events.jsonl")
+    lines, findings, events = (follow_metrics(run_dir / name) for name in files)
+    shown: set[str] = set()
 
     def follow(_: Path, labels: list[str]) -> None:
         for line in lines():
@@ -176,6 +183,12 @@ def follow_runs(run_dir: Path, progress: TrainProgress) -> Callable[[Path, list[
         for finding in findings():
             if finding["run"] in labels:
                 progress.message(f"{finding['run']}, step {finding['step']}: {finding['text']}")
+        for event in events():
+            if event["run"] in labels and "text" in event:
+                progress.message(f"{event['run']}: {event['text']}")
+                if (traceback := event.get("traceback")) and traceback not in shown:
+                    shown.add(traceback)
+                    progress.message(traceback)
 
     return follow
 
@@ -214,7 +227,7 @@ def with_checkpoint(config: Config, say: Callable[[str], None] | None = None) ->
     return config.model_copy(update={"model": config.model.model_copy(update={"language": language})})
 
 
-def _fingerprint(config: Config, modality: str, tower: str) -> str:
+def fingerprint(config: Config, modality: str, tower: str) -> str:
     """Stored features depend on the tower and, for videos, on how many frames are taken."""
     return f"f{config.model.video.frames}-{tower}" if modality == "video" else tower
 
@@ -245,13 +258,13 @@ def evaluate_benchmark(
     config: Config, progress: TrainProgress, task: benchmarking.Task, *, stage: str | None = None
 ) -> benchmarking.Result:
     """Answers of the run's last finished model to a benchmark's questions, and their score."""
+    model_dir = evaluating.final_model(config, stage)
+    ask = benchmarking.ray_workers(
+        config, model_dir, task.decoding, workers=cluster.workers(config), use_gpu=cluster.uses_gpu(config)
+    )
+    what = f"answering {task.benchmark.title}"
     result = benchmarking.run_benchmark(
-        config,
-        evaluating.final_model(config, stage),
-        task,
-        workers=cluster.workers(config),
-        use_gpu=cluster.uses_gpu(config),
-        on_progress=lambda done, total: progress.count(f"answering {task.benchmark.title}", done, total),
+        config, model_dir, task, ask, lambda done, total: progress.count(what, done, total)
     )
     progress.message(
         f"{result.questions - len(result.unusable)} of {result.questions} questions answered "

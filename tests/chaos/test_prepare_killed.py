@@ -31,7 +31,8 @@ def begin(folder: Path, seconds: float) -> psutil.Popen:
 
 def kill_all(process: psutil.Popen) -> None:
     """kill -9 of the process and of everything below it."""
-    for each in [process, *process.children(recursive=True)]:
+    tree = [process, *process.children(recursive=True)] if process.poll() is None else []
+    for each in tree:
         with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()
     process.wait()
@@ -55,9 +56,10 @@ def test_ten_kills(tmp_path):
                 time.sleep(chance.uniform(0, 10))
             else:
                 while len(encodings(log)) == marks[-1]:
-                    assert process.poll() is None, (killed / "errors").read_text()
                     time.sleep(0.05)
+                    assert process.poll() is None, (killed / "errors").read_text()
                 time.sleep(chance.uniform(0, 2))
+            assert process.poll() is None, (killed / "errors").read_text()
         finally:
             kill_all(process)
         marks.append(len(encodings(log)))

@@ -40,7 +40,7 @@ def _model(run: TinyRun, stage: str, name: str):
 
 def _order(run: TinyRun, stage: str, name: str) -> Order:
     settings = getattr(run.config.stages, stage)[name]
-    return Order(tuple(settings.tasks.items()), settings.steps, settings.batch_size, SEED)
+    return Order(tuple(settings.tasks.items()), settings.batch_size, SEED, settings.steps)
 
 
 def _reference(run: TinyRun, stage: str, name: str) -> tuple[dict, dict]:

@@ -25,7 +25,8 @@ from unimoe_ray.config.model import MODALITIES
 from unimoe_ray.data import prepare as preparing
 from unimoe_ray.data.encode import EncodeSettings
 from unimoe_ray.data.features import TOWER_OF, decode_media, encode_files
-from unimoe_ray.data.loader import read_features
+from unimoe_ray.data.loader import Layout, iterate_steps, rank_dataset, read_features
+from unimoe_ray.data.plan import Order
 from unimoe_ray.data.samples import SampleTable
 from unimoe_ray.data.schema import parse_record
 from unimoe_ray.data.store import FeatureStore, blocks
@@ -246,3 +247,43 @@ def test_a_damaged_block_is_encoded_again_and_nothing_else(cluster, tmp_path):
     again = other.prepare()
     assert len(other.said) == 1
     assert job.prepare().encoded == 8 - again.encoded and len(FeatureStore(job.folder)) == 24
+
+
+def test_streamed_batches_are_those_of_the_store(cluster, tmp_path):
+    paths = pictures(tmp_path / "pictures", 20)
+    (paths[3]).write_bytes(paths[3].read_bytes()[:60])
+    options = {"held_out": paths[15:], "max_bad_fraction": 0.1}
+    stored = StandInJob(tmp_path / "s", "stored", paths[:16], features="store", **options)
+    assert stored.prepare().encoded == 19
+    streamed = StandInJob(tmp_path / "t", "streamed", paths[:16], features="auto", store_max_gb=1e-9, **options)
+    result = streamed.prepare()
+    assert (result.encoded, result.samples, result.quarantined) == (
+        5,
+        {"train": {"look": 15}, "dev": {}, "test": {"look": 5}},
+        1,
+    )
+    (line,) = streamed.said
+    assert line.startswith("features are made on the fly, as data.features=auto: stored, they would be 0.000 GB")
+    assert len(FeatureStore(streamed.folder)) == 5 and streamed.prepare().encoded == 0
+    before = len(encodings(streamed.log))
+
+    def batches(job: StandInJob) -> list[dict[str, np.ndarray]]:
+        order, layout = Order((("look", 1.0),), batch_size=6, seed=0, steps=5), Layout(0, 1, max_tokens=40)
+        dataset = rank_dataset(job.source("train"), order, layout, steps_per_block=2)
+        steps = iterate_steps(dataset, prefetch_blocks=1)
+        return [arrays for step in steps for arrays in step.micro_batches]
+
+    expected, found = batches(stored), batches(streamed)
+    assert len(expected) == len(found) > 5
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
+    assert expected[0]["image.values"].any()
+    # All pictures, each twice: one actor made each once, and wrote none of them.
+    made = encodings(streamed.log)[before:]
+    assert len(made) == 15 and len({pid for pid, _ in made}) == 1 and len(FeatureStore(streamed.folder)) == 5
+    # What is held out comes from the store, without a tower.
+    held = [streamed.source("test"), stored.source("test")]
+    names = SampleTable(Path(held[0].samples)).get(0).media
+    assert held[0].stream is None
+    np.testing.assert_array_equal(*(read_features(source, names[0]).values for source in held))

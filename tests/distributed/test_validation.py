@@ -49,7 +49,7 @@ def _train(run: TinyRun, rank: int, world: int, every: int) -> list[dict]:
     model = start_model(config, run.info, "tune")
     model.train()
     engine = initialize(model, make_trainable(model, settings), config.training, 0.0, torch.device("cpu"))
-    order = Order(tuple(settings.tasks.items()), STEPS, settings.batch_size, SEED)
+    order = Order(tuple(settings.tasks.items()), settings.batch_size, SEED, STEPS)
     plan = planned_micro_batches(source, order, Layout(rank, world, MAX_TOKENS), range(STEPS))
     validation = _plan(run, rank, world)
     first = validate(engine, validation, torch.device("cpu")) if every else None

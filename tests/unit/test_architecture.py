@@ -163,10 +163,10 @@ def test_the_command_line_imports_serve_and_the_heavy_libraries_lazily() -> None
     assert parts <= {"config", "errors", "__version__"}
 
 
-def test_the_command_line_of_kubernetes_is_light():
+def test_the_command_lines_of_kubernetes_and_of_jobs_are_light():
     """Its parser is made for every command of ``unimoe``; manifests are read and checked without torch and Ray."""
     code = (
-        "import sys, unimoe_ray.kuberay.commands; print(*sys.modules); print('|')\n"
+        "import sys, unimoe_ray.kuberay.commands, unimoe_ray.submission.commands; print(*sys.modules); print('|')\n"
         "import unimoe_ray.kuberay.submit, unimoe_ray.kuberay.render, unimoe_ray.kuberay.manifests; print(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

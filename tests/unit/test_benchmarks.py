@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import openpyxl
 import pytest
@@ -12,6 +13,7 @@ from tests.tiny import make_servable_run
 from unimoe_ray.data.features import decode_media
 from unimoe_ray.data.schema import PLACEHOLDER
 from unimoe_ray.errors import UsageError
+from unimoe_ray.evaluation import benchmarks
 from unimoe_ray.evaluation.answering import Answerer
 from unimoe_ray.evaluation.benchmark import decoding_of
 from unimoe_ray.evaluation.benchmarks import BENCHMARKS, Answered, Decoding, find_benchmark, open_folder
@@ -64,6 +66,12 @@ def read(name, folder, split=None):
 def figures(name, questions, answers):
     answered = [Answered(q, a) for q, a in zip(questions, answers, strict=True)]
     return {measure.name: round(measure.figure, 4) for measure in BENCHMARKS[name].score(answered)}
+
+
+def test_the_documentation_names_every_benchmark():
+    text = (Path(benchmarks.__file__).parents[1] / "README.md").read_text()
+    rows = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert sorted(rows) == sorted(BENCHMARKS)
 
 
 def test_all_benchmarks_have_files_here():

@@ -111,23 +111,25 @@ def alone() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+DAMAGES = ["flip", "cut", "grow", "lose", "folder", "swap", "stale"]
+
+
 def damage(state: Path, older: Path, dice: random.Random) -> str:
     """One random damage; the file that it concerns."""
     parts = sorted(path.name for path in state.glob("part-*"))
-    kind = dice.choice(
-        ["flip", "cut", "grow", "lose", "swap", "stale", "half", "folder", "flip manifest", "uncommitted"]
-    )
-    name = MANIFEST if kind in ("stale", "half", "flip manifest", "uncommitted") else dice.choice(parts)
+    of_manifest = dice.random() < 0.3
+    kind = dice.choice(["flip", "cut", "lose", "stale"] if of_manifest else DAMAGES)
+    name = MANIFEST if of_manifest else dice.choice(parts)
     path = state / name
     data = path.read_bytes()
-    if kind in ("flip", "flip manifest"):
+    if kind == "flip":
         at = dice.randrange(len(data))
         path.write_bytes(data[:at] + bytes([data[at] ^ (1 << dice.randrange(8))]) + data[at + 1 :])
-    elif kind in ("cut", "half"):
+    elif kind == "cut":
         path.write_bytes(data[: dice.randrange(len(data))])
     elif kind == "grow":
         path.write_bytes(data + bytes(dice.randrange(1, 100)))
-    elif kind in ("lose", "uncommitted"):
+    elif kind == "lose":
         path.unlink()
     elif kind == "folder":
         path.unlink()

@@ -112,6 +112,37 @@ def test_dry_run_prints_the_resolved_configuration(capsys, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--benchmark", "vqa"], "benchmark 'vqa' does not exist; allowed: a-okvqa, ok-vqa, vqav2"),
+        (
+            ["--benchmark", "vqav2"],
+            "--benchmark vqav2 needs --data DIR, a folder with v2_OpenEnded_mscoco_val2014_quest",
+        ),
+        (["--benchmark", "vqav2", "--data", "gone"], "vqav2: gone: no such folder; it is to have v2_OpenEnded"),
+        (["--benchmark", "vqav2", "--data", ".", "--split", "dev"], "vqav2 has no split 'dev'; allowed: val, test-dev"),
+        (["--benchmark", "vqav2", "--data", ".", "--limit", "0"], "--limit 0: allowed: from 1"),
+        (["--benchmark", "vqav2", "--data", ".", "--task", "x"], "--task does not go with --benchmark"),
+        (["--benchmark", "clotho", "--data", ".", "--decoding", "published"], "clotho was published with 5 beams"),
+        (["--data", "."], "--data belongs to --benchmark"),
+        (["--split", "val"], "--split val: allowed: test, dev"),
+    ],
+)
+def test_mistakes_in_benchmarks(capsys, tmp_path, monkeypatch, arguments, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.yaml").write_text(configuration.dump(configuration.load("mini")))
+    code, found = fails(capsys, "eval", "x", *arguments)
+    assert code == 2 and found.startswith(line)
+
+
+def test_benchmarks_are_listed(capsys):
+    lines = prints(capsys, "eval", "any", "--benchmark", "list").splitlines()
+    assert len(lines) == 30
+    assert lines[4].split() == ["vqav2", "VQAv2;", "val|test-dev|test"]
+
+
 def test_version_and_help(capsys):
     assert prints(capsys, "--version").strip().count(".") == 2
     for command in ("prepare", "train", "eval", "chat", "serve", "report", "doctor"):

@@ -80,6 +80,16 @@ def test_a_letter_too_few_names_the_right_key(key):
             "connector.speech is trained by both 'image' and 'speech'",
         ),
         ("stages.tune.other={steps: 1, tasks: {text: 1}, train: {router: 0.1}}", "tune can have one run only"),
+        ("stages.tune.tune.epochs=2", "steps is 220 and epochs is 2; give one of them"),
+        ("stages.tune.tune.steps=null", "steps is None and epochs is None; give one of them"),
+        (
+            "stages.tune.other={epochs: 1, temperature: 2, tasks: {text: 1}, train: {router: 0.1}}",
+            "temperature makes shares of steps; an epoch has every sample",
+        ),
+        (
+            "stages.tune.other={epochs: 1, tasks: {text: 1.5}, train: {router: 0.1}}",
+            "weight of task 'text' is 1.5; allowed with epochs: whole numbers",
+        ),
         ("stages.tune.other.steps=3", "stages.tune.other.tasks: Field required"),
         ("seed=-1", "seed is -1: .*greater than or equal to 0"),
         ("name=../x", "name is '../x': .*pattern"),
@@ -95,6 +105,13 @@ def test_mistakes_are_one_line(override, message):
         load("mini", [override])
     assert "\n" not in str(error.value)
     assert error.value.exit_code == 2
+
+
+def test_epochs_have_whole_weights():
+    epochs = ["stages.tune.tune.steps=null", "stages.tune.tune.epochs=2"]
+    assert load("mini", epochs).stages.tune["tune"].epochs == 2
+    with pytest.raises(UsageError, match=r"data.sources.1.weight is 1.5; allowed with runs of epochs: whole numbers"):
+        load("mini", [*epochs, "data.sources=[{path: a.json, weight: 2}, {path: b.json, weight: 1.5}]"])
 
 
 def test_unreadable_files(tmp_path):

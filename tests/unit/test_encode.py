@@ -61,7 +61,7 @@ class Work:
             for index, path in enumerate(paths):
                 sample = Sample(str(index), "see", (("<image>", "yes"),), (Media("image", (str(path),)),), {})
                 catalog.add("train", Placed(sample, "file", str(index), 0))
-            self.blocks = write_todo(catalog, {"image": self.folder}, self.settings, self.todo)
+            self.blocks = write_todo(catalog, ["image"], self.settings, self.todo)
 
     def encode(self, job: str, numbers: list[int]) -> list[dict]:
         """What an actor of the pipeline does."""

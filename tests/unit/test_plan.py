@@ -1,14 +1,19 @@
 """The plan: which samples make a step, and their layout over ranks. Properties over many sizes and worlds."""
 
+import hashlib
+import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unimoe_ray.data.plan import Mixture, Plan, split_step
-from unimoe_ray.data.samples import Span
+from unimoe_ray.data.layout import padded_tokens, split_step
+from unimoe_ray.data.loader import Layout, planned_micro_batches, total_steps
+from unimoe_ray.data.plan import Mixture, MixturePlan, Order, floor_sum
+from unimoe_ray.data.samples import PreparedSample, SampleTable, SampleWriter, Source, Span
 
 weights = st.floats(0.01, 100)
 mixtures = st.dictionaries(st.sampled_from("abcdef"), st.tuples(weights, st.integers(1, 30)), min_size=1, max_size=5)
@@ -23,8 +28,24 @@ def build(tasks: dict[str, tuple[float, int]]) -> Mixture:
 
 
 def samples(mixture: Mixture, steps: int, batch_size: int, seed: int) -> list[np.ndarray]:
-    plan = Plan(mixture, steps, batch_size, seed)
+    plan = MixturePlan(mixture, steps, batch_size, seed)
     return [plan.samples(step) for step in range(steps)]
+
+
+def slow_samples(mixture: Mixture, steps: int, batch_size: int, seed: int) -> list[np.ndarray]:
+    """All steps, one after the other, each task's epochs whole in memory: what recipes were measured with."""
+    counts, edges = [], np.cumsum([0, *mixture.weights])
+    edges[-1] = 1.0
+    for step in range(steps):
+        offset = (seed * 0.6180339887498949 + step * 0.6180339887498949) % 1.0
+        counts.append(np.diff([min(max(math.ceil(edge * batch_size - offset), 0), batch_size) for edge in edges]))
+    columns = []
+    for task, pool, count in zip(mixture.tasks, mixture.indices, np.transpose(counts), strict=True):
+        name = int.from_bytes(hashlib.sha256(task.encode()).digest()[:8], "little")
+        epochs = range(-(-sum(count) // len(pool)))
+        orders = [np.random.default_rng([seed, name, epoch]).permutation(pool) for epoch in epochs]
+        columns.append(np.split(np.concatenate([*orders, pool[:0]])[: sum(count)], np.cumsum(count)[:-1]))
+    return [np.concatenate([column[step] for column in columns]) for step in range(steps)]
 
 
 def by_task(mixture: Mixture, steps: list[np.ndarray]) -> list[list[list[int]]]:
@@ -43,6 +64,7 @@ def test_steps(tasks, steps, batch_size, seed):
     mixture = build(tasks)
     plan = samples(mixture, steps, batch_size, seed)
     assert [len(rows) for rows in plan] == [batch_size] * steps
+    assert all(map(np.array_equal, plan, slow_samples(mixture, steps, batch_size, seed)))
     for number, per_step in enumerate(by_task(mixture, plan)):
         # Every step follows the weights within one sample.
         share = mixture.weights[number] * batch_size
@@ -55,8 +77,7 @@ def test_steps(tasks, steps, batch_size, seed):
             epoch = stream[start : start + len(pool)]
             assert len(set(epoch)) == len(epoch)
             assert len(epoch) < len(pool) or sorted(epoch) == pool
-    # The plan does not depend on how many steps of it are made, nor on the order in which tasks are named.
-    assert all(map(np.array_equal, samples(mixture, (steps + 1) // 2, batch_size, seed), plan))
+    # The plan does not depend on the order in which tasks are named.
     again = Mixture.build(
         dict(reversed(list(zip(mixture.tasks, mixture.weights, strict=True)))),
         dict(zip(mixture.tasks, mixture.indices, strict=True)),
@@ -142,3 +163,94 @@ def test_sources_of_equal_weight_are_one_pool():
     for spans in ((), (Span(0, 2.0),), (Span(0, 2.0), Span(3, 2.0))):
         mixture = Mixture.build({"a": 1}, indices, spans)
         assert mixture.tasks == plain.tasks and np.array_equal(mixture.indices[0], plain.indices[0])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 60), st.integers(1, 60), st.integers(-300, 300), st.integers(-300, 300))
+def test_sums_of_floors(n, m, a, b):
+    assert floor_sum(n, m, a, b) == sum((a * i + b) // m for i in range(n))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "shares"), [(None, [2, 1]), (1.0, [2 * 10, 90]), (2.0, [2 * 10**0.5, 90**0.5])]
+)
+def test_temperature(temperature, shares):
+    mixture = Mixture.build({"a": 2, "b": 1}, {"a": np.arange(10), "b": np.arange(10, 100)}, (), temperature)
+    assert mixture.weights == pytest.approx(np.array(shares) / sum(shares))
+
+
+# A run that is stopped and goes on elsewhere, over a real table.
+
+TASKS = {"see": "image", "look": "image", "hear": "audio", "both": "audio+image", "read": "text"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """23 samples of each task, interleaved; of two sources, the second of twice the weight."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("plan") / "train.arrow"
+    with SampleWriter(path) as writer:
+        for number in range(23 * len(TASKS)):
+            task = list(TASKS)[number % len(TASKS)]
+            ids = [1, *[5] * int(rng.integers(2, 40)), 2]
+            writer.add(PreparedSample(str(number), task, TASKS[task], ids, [-100] * len(ids), [], []))
+    return Source(str(path), {}, (Span(0, 1.0), Span(60, 2.0)))
+
+
+mixes = st.dictionaries(st.sampled_from(list(TASKS)), st.integers(1, 3), min_size=1)
+# Where a run is stopped, and the cluster that it goes on with.
+lives = st.lists(
+    st.tuples(st.floats(0, 1), st.integers(1, 5), st.integers(40, 400), st.sampled_from([0, 48, 200])),
+    min_size=1,
+    max_size=4,
+)
+
+
+@pytest.mark.parametrize("budget", ["epochs", "steps"])
+@settings(max_examples=40, deadline=None)
+@given(mixes, st.integers(1, 30), st.integers(1, 3), st.integers(0, 10**6), lives)
+def test_kills_and_resizes(budget, source, weights, batch_size, amount, seed, clusters):
+    """Nothing twice, nothing lost, whatever the clusters; two runs with one seed have the same steps."""
+    steps = {"epochs": amount} if budget == "epochs" else {"steps": 9 * amount}
+    order = Order(tuple(weights.items()), batch_size, seed, **steps)
+    table = SampleTable(Path(source.samples))
+    lengths, tasks = np.asarray(table.lengths), table.by_task()
+    total = total_steps(source, order)
+    done: list[list[int]] = []
+    for part, world, max_tokens, row_tokens in [*clusters, (1.0, 2, 100, 0)]:
+        stop = max(len(done), round(part * total))
+        runs = [
+            list(planned_micro_batches(source, order, Layout(r, world, max_tokens, row_tokens), range(len(done), stop)))
+            for r in range(world)
+        ]
+        for ranks in zip(*runs, strict=True):
+            rows = [row for micros in ranks for micro in micros for row in micro.tolist()]
+            assert len({len(micros) for micros in ranks}) == 1
+            for micros in ranks:
+                tokens = sum(int(lengths[micro].sum()) for micro in micros)
+                assert abs(tokens - lengths[rows].sum() / world) <= lengths[rows].max()
+                for micro in micros:
+                    assert len(set(table.groups[micro].tolist())) <= 1
+                    assert len(micro) < 2 or padded_tokens(lengths[micro], row_tokens) <= max_tokens
+            done.append(sorted(rows))
+    assert len(done) == total
+
+    if budget == "epochs":
+        expected = Counter()
+        for task, weight in weights.items():
+            expected.update({row: weight * (1 + (row >= 60)) for row in tasks[task]})
+        of_one = total // amount
+        for epoch in range(amount):
+            ours = done[epoch * of_one : (epoch + 1) * of_one]
+            assert Counter(row for rows in ours for row in rows) == expected
+            assert [len(rows) for rows in ours[:-1]] == [batch_size] * (of_one - 1)
+    fresh = order.plan(SampleTable(Path(source.samples)), source.spans)
+    assert done == [sorted(fresh.samples(step).tolist()) for step in range(total)]
+
+
+def test_epochs_have_orders_of_their_own(source):
+    plan = Order((("see", 1), ("read", 1)), 8, 0, epochs=2).plan(SampleTable(Path(source.samples)))
+    assert plan.steps == 2 * 6
+    first, second = (np.concatenate([plan.samples(step) for step in range(s, s + 6)]) for s in (0, 6))
+    assert sorted(first.tolist()) == sorted(second.tolist()) and first.tolist() != second.tolist()
+    assert [len(plan.samples(step)) for step in (5, 11)] == [6, 6]

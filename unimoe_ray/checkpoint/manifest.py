@@ -21,6 +21,10 @@ class DamagedError(Exception):
     """A state that can't be used, with the file and the reason in one line."""
 
 
+class UncommittedError(DamagedError):
+    """One that was never finished, or is being written."""
+
+
 class Part(BaseModel):
     """A rank's file. fragments: (parameter, first value, number of values) in the flattened parameter."""
 

@@ -104,6 +104,8 @@ class Saver:
         self._buffer = torch.empty(0)
         self._writing: Future[Outcome] | None = None
         self._last_step = 0
+        # Rank 0's. What was there before may go; what came since is other ranks' next state, or another attempt's.
+        self._left = {name for name in folder.names() if step_of(name) is not None} if self._rank == 0 else set()
         self._told: str | None = None
         self._committed: dict[int, tuple[str, float | None]] | None = None
 
@@ -230,7 +232,6 @@ class Saver:
             )
             try:
                 folder.put(MANIFEST, manifest.dump())
-                self._remember(State(folder, manifest))
             except OSError as error:
                 errors.append(f"{folder.location}: {reason(error)}")
         done = replace(begun, commit_s=time.perf_counter() - started)
@@ -238,6 +239,7 @@ class Saver:
             self._discard(folder)
             done = replace(done, error=errors[0])
         else:
+            self._remember(State(folder, manifest))
             done = replace(done, bytes=manifest.bytes, write_s=max(note["seconds"] for note in notes))
         for key in [*keys, *([self._told] if self._told else [])]:
             self._store.delete_key(key)
@@ -267,8 +269,8 @@ class Saver:
 
     def _remember(self, state: State) -> None:
         """A state that was committed just now. Those that need not be kept go."""
-        self._known()[state.step] = state.folder.name, state.manifest.validation
         try:
+            self._known()[state.step] = state.folder.name, state.manifest.validation
             self._keep(kept)
         except OSError as error:
             log.warning("%s: old states are left there: %s", self._folder.location, reason(error))
@@ -277,11 +279,11 @@ class Saver:
         """Name and validation loss by step, of the states of this run that count. Those after the start are of an
         attempt that went another way, or damaged."""
         if self._committed is None:
-            self._committed = {}
-            if (start := self._start) is not None:
-                for found in newest_first(self._folder):
-                    if isinstance(found, State) and (found.step < start.step or found.folder == start.folder):
-                        self._committed.setdefault(found.step, (found.folder.name, found.manifest.validation))
+            start, committed = self._start, {}
+            for found in newest_first(self._folder) if start is not None else ():
+                if isinstance(found, State) and (found.step < start.step or found.folder == start.folder):
+                    committed.setdefault(found.step, (found.folder.name, found.manifest.validation))
+            self._committed = committed
         return self._committed
 
     def _keep(self, policy: Policy) -> None:
@@ -290,10 +292,10 @@ class Saver:
         why = policy(sorted(known), validations, self._policy)
         self._committed = {step: known[step] for step in known if step in why}
         wanted = {name for name, _ in self._committed.values()}
-        for name in self._folder.names():
-            if step_of(name) is not None and name not in wanted:
-                remove_state(self._folder / name)
-        if not wanted:
+        for name in (self._left | {name for name, _ in known.values()}) - wanted:
+            remove_state(self._folder / name)
+        self._left &= wanted
+        if not self._folder.names():
             self._folder.remove()
 
 

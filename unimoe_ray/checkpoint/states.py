@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unimoe_ray.checkpoint.manifest import MANIFEST, MAX_BYTES, DamagedError, Manifest, load
+from unimoe_ray.checkpoint.manifest import MANIFEST, MAX_BYTES, DamagedError, Manifest, UncommittedError, load
 from unimoe_ray.checkpoint.parts import hash_part
 from unimoe_ray.checkpoint.storage import Folder
 from unimoe_ray.config import Config
@@ -44,6 +44,13 @@ def states_folder(config: Config, stage: str, run: str) -> Folder:
     return Folder(root) / (stage if stage == run else f"{stage}-{run}")
 
 
+def absolute(policy: CheckpointConfig) -> CheckpointConfig:
+    """The same for any working folder."""
+    if policy.location is None or is_url(policy.location):
+        return policy
+    return policy.model_copy(update={"location": str(Path(policy.location).resolve())})
+
+
 def state_name(step: int, attempt: str) -> str:
     """A folder of its own for each attempt at a run: what is left of one that died can't mix with another's."""
     return f"step-{step:08d}-{attempt}"
@@ -62,7 +69,7 @@ def read_state(folder: Folder) -> State:
             raise DamagedError(f"{MANIFEST} has more than {MAX_BYTES} bytes")
         manifest = load(folder.read(MANIFEST))
     except FileNotFoundError:
-        raise DamagedError(f"it was not committed: it has no {MANIFEST}") from None
+        raise UncommittedError(f"it was not committed: it has no {MANIFEST}") from None
     except OSError as error:
         raise _damage_or(error, MANIFEST) from None
     if manifest.step != step_of(folder.name):
@@ -70,14 +77,14 @@ def read_state(folder: Folder) -> State:
     return State(folder, manifest)
 
 
-def newest_first(folder: Folder) -> Iterator[State | tuple[Folder, str]]:
-    """The committed states of a run, and for each folder that is none the reason."""
+def newest_first(folder: Folder) -> Iterator[State | tuple[Folder, DamagedError]]:
+    """The committed states of a run, and for each folder that is none the reason. Raises OSError."""
     names = [name for name in folder.names() if step_of(name) is not None]
     for name in sorted(names, key=lambda name: (step_of(name), name), reverse=True):
         try:
             yield read_state(folder / name)
         except DamagedError as error:
-            yield folder / name, str(error)
+            yield folder / name, error
 
 
 def damages(state: State, parts: slice = slice(None)) -> list[str]:

@@ -54,7 +54,15 @@ class DataConfig(Strict):
     max_seconds: float = Field(600.0, gt=0)
     max_bytes: int = Field(2**30, ge=1, description="of one media file, unpacked")
     encode_batch: int = Field(256, ge=1, description="media files per block of the encoding pipeline")
-    store_dtype: Literal["fp16", "fp32"] = Field("fp16", description="of features in the store")
+    features: Literal["auto", "store", "stream"] = Field(
+        "auto",
+        description="store: media are encoded once, before training; stream: those of the train split each time they "
+        "are used, held-out ones still once; auto: store, if it needs no more than data.store_max_gb",
+    )
+    store_dtype: Literal["fp16", "fp32"] = Field("fp16", description="of stored and streamed features")
+    store_max_gb: float = Field(500.0, gt=0, description="10^9 bytes of features")
+    stream_actors: int = Field(1, ge=1, description="processes that stream features to one training worker")
+    stream_gpus: float = Field(0.0, ge=0, description="GPUs of each of them, besides those that train; 0: none")
     prefetch: int = Field(2, ge=0, description="blocks of micro-batches that Ray Data prepares ahead")
     steps_per_block: int = Field(16, ge=1, description="optimizer steps whose micro-batches make one block")
 

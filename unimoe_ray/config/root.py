@@ -74,6 +74,16 @@ class Config(Strict):
             raise ValueError("checkpoint.keep_best goes by validation losses: set training.validation.every, too")
         return self
 
+    @model_validator(mode="after")
+    def _epochs_have_whole_weights(self) -> Config:
+        by_epochs = any(run.epochs for stage in STAGES for run in getattr(self.stages, stage).values())
+        for number, source in enumerate(self.data.sources):
+            if by_epochs and source.weight != round(source.weight):
+                raise ValueError(
+                    f"data.sources.{number}.weight is {source.weight}; allowed with runs of epochs: whole numbers"
+                )
+        return self
+
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from unimoe_ray.config.base import Strict
+from unimoe_ray.config.elastic import ElasticConfig
 from unimoe_ray.config.model import MODALITIES
 
 STAGES = ("base", "align", "experts", "tune")
@@ -27,8 +28,20 @@ class LoraConfig(Strict):
 class TrainRun(Strict):
     """One Ray Train run. ``train`` maps parameter selectors to peak learning rates; the rest is frozen."""
 
-    steps: int = Field(ge=1)
+    steps: int | None = Field(None, ge=1, description="optimizer steps; or give epochs")
+    epochs: int | None = Field(
+        None,
+        ge=1,
+        description="instead of steps: so often every sample of the tasks comes, times its task's and its source's "
+        "weights, whole numbers; the last step of an epoch has what is left of it",
+    )
     tasks: dict[str, float] = Field(min_length=1, description="mixture weight of each task")
+    temperature: float | None = Field(
+        None,
+        gt=0,
+        description="T: shares are weight * samples ** (1 / T): 1 as many as there are, higher more alike; not given: "
+        "shares are the weights",
+    )
     train: dict[str, float] = Field(min_length=1)
     lora: LoraConfig | None = None
     batch_size: int = Field(48, ge=1, description="samples per optimizer step, over all workers")
@@ -56,6 +69,21 @@ class TrainRun(Strict):
     def _lora_agrees(self) -> TrainRun:
         if ("lora" in self.train) != (self.lora is not None):
             raise ValueError("'lora' needs both a rate under train and its settings under lora")
+        return self
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> TrainRun:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"steps is {self.steps} and epochs is {self.epochs}; give one of them (null for the other)"
+            )
+        if self.epochs is None:
+            return self
+        if self.temperature is not None:
+            raise ValueError("temperature makes shares of steps; an epoch has every sample: set it to null")
+        for task, weight in self.tasks.items():
+            if weight != round(weight):
+                raise ValueError(f"weight of task '{task}' is {weight}; allowed with epochs: whole numbers")
         return self
 
     def connectors(self) -> list[str]:
@@ -144,13 +172,20 @@ class TrainingConfig(Strict):
     """How the work is laid out over the cluster, and the engine's settings."""
 
     workers: int | Literal["auto"] = Field(
-        "auto", description="Ray Train workers of a stage; auto: one per GPU or core"
+        "auto", description="Ray Train workers of a stage, where there is room; auto: one per GPU or core"
     )
+    elastic: ElasticConfig = ElasticConfig()
     threads_per_worker: int = Field(1, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     zero_stage: Literal[1, 2] = 2
     max_tokens_per_micro_batch: int = Field(4096, ge=16)
+    packed_row_tokens: int | None = Field(
+        None,
+        ge=16,
+        description="samples of one modality group share rows of up to so many tokens, each seeing itself only; not "
+        "given: a row for each sample",
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     expert_parallel: ExpertParallelConfig = ExpertParallelConfig()
     validation: ValidationConfig = ValidationConfig()

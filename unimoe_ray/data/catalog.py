@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unimoe_ray.data.locations import BadMedia, content_key
-from unimoe_ray.data.schema import BadSample, Media, Sample
+from unimoe_ray.data.schema import BadSample, Kind, Media, Sample
 from unimoe_ray.data.sources import BadRecord, Placed
 
 # Journals would be of use after a crash only, and then all is read again.
@@ -21,7 +21,9 @@ PRAGMA synchronous = OFF;
 PRAGMA cache_size = -16384;
 CREATE TABLE ids (split TEXT, id TEXT, uses INTEGER, PRIMARY KEY (split, id)) WITHOUT ROWID;
 CREATE TABLE keys (paths BLOB PRIMARY KEY, key TEXT, fault TEXT) WITHOUT ROWID;
-CREATE TABLE media (number INTEGER PRIMARY KEY, name TEXT UNIQUE, paths TEXT, tokens INTEGER, fault TEXT);
+CREATE TABLE media (
+    number INTEGER PRIMARY KEY, name TEXT UNIQUE, paths TEXT, held_out INTEGER, tokens INTEGER, fault TEXT
+);
 CREATE TABLE samples (
     number INTEGER PRIMARY KEY, split TEXT, source INTEGER, written TEXT, content BLOB, value TEXT,
     UNIQUE (content, split, written, number)
@@ -32,6 +34,12 @@ BEGIN;
 PAGE = 1000
 HASHERS = 8  # threads that read media; most of it, and SHA-256, is outside of Python's lock
 UNMARKED = "tokens IS NULL AND fault IS NULL"
+NOT_HELD_OUT = "NOT held_out"
+
+
+def of_kind(kind: Kind) -> str:
+    """A condition on media."""
+    return f"name GLOB '{kind}/*'"
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,9 @@ class Catalog:
         )
         for item, name in zip(sample.media, names, strict=True):
             self.db.execute(
-                "INSERT INTO media (name, paths) VALUES (?, ?) ON CONFLICT DO NOTHING", (name, json.dumps(item.paths))
+                "INSERT INTO media (name, paths, held_out) VALUES (?, ?, ?) "
+                "ON CONFLICT DO UPDATE SET held_out = MAX(held_out, excluded.held_out)",
+                (name, json.dumps(item.paths), split != "train"),
             )
 
     def add_bad(self, split: str, bad: BadRecord) -> None:
@@ -146,17 +156,30 @@ class Catalog:
         ):
             yield {"split": split, "id": id, "reason": reason, "file": file, "where": place}
 
-    def missing(self, kind: str, page: int = PAGE) -> Iterator[list[tuple[str, list[str]]]]:
-        """Content key and paths of the media of one kind that are not marked, some at a time, in the order of use."""
-        rows = self.db.execute(
-            f"SELECT name, paths FROM media WHERE {UNMARKED} AND substr(name, 1, ?) = ? ORDER BY number",
-            (len(kind) + 1, f"{kind}/"),
-        )
+    def find(self, kind: str, which: str = "TRUE", page: int = PAGE) -> Iterator[list[tuple[str, list[str]]]]:
+        """Content key and paths of the media of one kind, some at a time, in the order of use. which: ``UNMARKED``,
+        ``NOT_HELD_OUT``, both (AND)."""
+        rows = self.db.execute(f"SELECT name, paths FROM media WHERE {which} AND {of_kind(kind)} ORDER BY number")
         while part := rows.fetchmany(page):
             yield [(name.partition("/")[2], json.loads(paths)) for name, paths in part]
 
+    def places(self) -> Iterator[tuple[str, list[str]]]:
+        """Name and paths of all sound media, sorted by name."""
+        rows = self.db.execute("SELECT name, paths FROM media WHERE fault IS NULL ORDER BY name")
+        return ((name, json.loads(paths)) for name, paths in rows)
+
+    def some(self, kind: str, most: int) -> list[list[str]]:
+        """Paths of a few media of one kind, from all over."""
+        step = max(1, self.count("media", of_kind(kind)) // most)
+        rows = self.db.execute(
+            "SELECT paths FROM (SELECT paths, ROW_NUMBER() OVER (ORDER BY number) - 1 AS n FROM media "
+            f"WHERE {of_kind(kind)}) WHERE n % ? = 0 LIMIT ?",
+            (step, most),
+        )
+        return [json.loads(paths) for (paths,) in rows]
+
     def count(self, table: str, which: str = "TRUE") -> int:
-        """Rows of ``samples``, ``media`` or ``bad``; of media also the ``UNMARKED``."""
+        """Rows of ``samples``, ``media`` or ``bad``; those of media by a condition."""
         return self._one(f"SELECT COUNT(*) FROM {table} WHERE {which}", ())[0]
 
     def repeats(self, most: int) -> tuple[int, list[Repeat]]:

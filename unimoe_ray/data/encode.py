@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import ray
 from ray.data import ActorPoolStrategy
 
 from unimoe_ray.config.data import DataConfig
-from unimoe_ray.data.catalog import UNMARKED, Catalog
+from unimoe_ray.data.catalog import NOT_HELD_OUT, UNMARKED, Catalog
 from unimoe_ray.data.claims import LEASE_S, claim, claimed, locked
 from unimoe_ray.data.features import TOWER_OF, decode_media, encode_windows
 from unimoe_ray.data.gather import Progress
@@ -47,13 +48,15 @@ _RESULT = pa.schema([*list(_TODO)[:2], ("lengths", pa.list_(pa.int32())), ("reas
 @dataclass(frozen=True)
 class EncodeSettings:
     """What an encoding actor needs. ``load_tower`` gives the tower of a modality: image, audio or speech. Each actor
-    asks for those that it needs, once. threads: decoders of an actor; gpu: whether an actor has one."""
+    asks for those that it needs, once. ``sketch_tower``: the same without weights, where those are not needed;
+    threads: decoders of an actor; gpu: whether an actor has one."""
 
     root: str
     fingerprints: dict[str, str]
     frames: int
     data: DataConfig
     load_tower: Callable[[str], Any]
+    sketch_tower: Callable[[str], Any] | None = None
     threads: int = 1
     gpu: bool = False
 
@@ -127,8 +130,7 @@ class EncodeBlock:
             if good:
                 write_block(folder, list(good), list(good.values()), self.job)
         lengths = [good[key].lengths if key in good else None for key in keys]
-        columns = [[kind] * len(keys), keys, lengths, [reasons.get(key) for key in keys]]
-        return pa.table([pa.array(c, f.type) for c, f in zip(columns, _RESULT, strict=True)], schema=_RESULT)
+        return _results(kind, keys, lengths, [reasons.get(key) for key in keys])
 
     def _of_other_jobs(self, folder: Path, kind: str) -> set[str]:
         """Keys that were stored since this job looked, by another one."""
@@ -141,6 +143,56 @@ class EncodeBlock:
         return set().union(*self.seen.values())
 
 
+class CountBlock:
+    """Actor of the pipeline: decodes one block of media files at a time, and counts the tokens of their windows."""
+
+    def __init__(self, settings: EncodeSettings, todo: str):
+        self.settings = settings
+        self.todo = pa.ipc.open_file(pa.memory_map(todo))
+        self.tower = cache(settings.sketch_tower or settings.load_tower)
+
+    def __call__(self, numbers: pa.Table) -> pa.Table:
+        return pa.concat_tables(self._count(self.todo.get_batch(n)) for n in numbers["block"].to_pylist())
+
+    def _count(self, block: pa.RecordBatch) -> pa.Table:
+        kind, lengths, reasons = block["modality"][0].as_py(), [], []
+        for paths in block["paths"].to_pylist():
+            found, why = None, None
+            try:
+                decoded = decode_media(Media(kind, tuple(paths)), self.settings.frames, self.settings.data)
+                found = self.tower(TOWER_OF[kind]).tokens_for(decoded)
+            except BadMedia as error:
+                why = str(error)
+            lengths.append(found)
+            reasons.append(why)
+        return _results(kind, block["key"].to_pylist(), lengths, reasons)
+
+
+def _results(kind: str, keys: list[str], lengths: list[list[int] | None], reasons: list[str | None]) -> pa.Table:
+    columns = [[kind] * len(keys), keys, lengths, reasons]
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, _RESULT, strict=True)], schema=_RESULT)
+
+
+def count_tokens(
+    catalog: Catalog,
+    settings: EncodeSettings,
+    soft_tokens: SoftTokens,
+    workers: int,
+    scratch: Path,
+    on_progress: Progress,
+) -> None:
+    """Note in the catalog how many soft tokens each file becomes that only the train split has, or its fault, without
+    encoding it: what is streamed. ``scratch``: a file for what is to be done. Raises UnimoeError."""
+    settings = replace(settings, gpu=False, threads=1)
+    kinds = sorted(settings.fingerprints)
+    which = f"{UNMARKED} AND {NOT_HELD_OUT}"
+    if total := catalog.count("media", which):
+        count = write_todo(catalog, kinds, settings, scratch, which)
+        results = run_actors(CountBlock, (settings, str(scratch.resolve())), settings, count, workers)
+        _mark(catalog, results, soft_tokens, partial(on_progress, "decoding media"), total)
+        scratch.unlink()
+
+
 def encode_missing(
     catalog: Catalog,
     settings: EncodeSettings,
@@ -150,8 +202,8 @@ def encode_missing(
     on_progress: Progress,
     say: Callable[[str], None],
 ) -> int:
-    """Encode the catalog's media that the store lacks, and note in the catalog how many soft tokens each becomes, or
-    its fault. What another job is encoding is left to it. ``scratch``: a file for what is to be done.
+    """Encode the media that are not marked in the catalog and not in the store, and note how many soft tokens each
+    becomes, or its fault. What another job is encoding is left to it. ``scratch``: a file for what is to be done.
 
     Returns how many files were encoded. Memory does not grow with their number. Raises UnimoeError.
     """
@@ -169,19 +221,33 @@ def encode_missing(
             waiting = True
             time.sleep(1)
             continue
-        waiting, done = False, 0
+        waiting = False
         count = write_todo(catalog, folders, settings, scratch)
-        for result in _run(EncodeBlock, (settings, str(scratch.resolve()), job, since), settings, count, workers):
-            for row in result.to_pylist():
-                name = f"{row['modality']}/{row['key']}"
-                if row["reason"] is not None:
-                    catalog.mark(name, None, row["reason"])
-                elif row["lengths"] is not None:
-                    catalog.mark(name, soft_tokens(row["modality"], row["lengths"]), None)
-                    encoded += 1
-            done += len(result)
-            on_progress("encoding media", done, total)
+        results = run_actors(EncodeBlock, (settings, str(scratch.resolve()), job, since), settings, count, workers)
+        encoded += _mark(catalog, results, soft_tokens, partial(on_progress, "encoding media"), total)
         scratch.unlink()
+
+
+def _mark(
+    catalog: Catalog,
+    results: Iterator[pa.Table],
+    soft_tokens: SoftTokens,
+    on_progress: Callable[[int, int], None],
+    total: int,
+) -> int:
+    """Note the actors' results in the catalog. Returns how many files had no fault and were not left to others."""
+    sound, done = 0, 0
+    for result in results:
+        for row in result.to_pylist():
+            name = f"{row['modality']}/{row['key']}"
+            if row["reason"] is not None:
+                catalog.mark(name, None, row["reason"])
+            elif row["lengths"] is not None:
+                catalog.mark(name, soft_tokens(row["modality"], row["lengths"]), None)
+                sound += 1
+        done += len(result)
+        on_progress(done, total)
+    return sound
 
 
 def _note_stored(
@@ -207,19 +273,21 @@ def _left_to_others(catalog: Catalog, folders: dict[str, Path]) -> bool:
     for kind, folder in folders.items():
         with locked(folder) as now:
             others = claimed(folder, now)
-        if any(key not in others for page in catalog.missing(kind) for key, _ in page):
+        if any(key not in others for page in catalog.find(kind, UNMARKED) for key, _ in page):
             return False
     return True
 
 
-def write_todo(catalog: Catalog, folders: dict[str, Path], settings: EncodeSettings, path: Path) -> int:
-    """A record batch for each block to encode. Returns how many."""
+def write_todo(
+    catalog: Catalog, kinds: Iterable[str], settings: EncodeSettings, path: Path, which: str = UNMARKED
+) -> int:
+    """A record batch for each block of media that the actors are given. Returns how many."""
     count = 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _TODO) as file:
-        for kind in folders:
+        for kind in kinds:
             # Videos cost several images each: smaller blocks keep the actors evenly loaded and memory bounded.
             size = max(1, settings.data.encode_batch // (settings.frames if kind == "video" else 1))
-            for page in catalog.missing(kind, size):
+            for page in catalog.find(kind, which, size):
                 keys, paths = zip(*page, strict=True)
                 columns = [pa.array([kind] * len(page)), pa.array(keys), pa.array(paths, pa.list_(pa.string()))]
                 file.write_batch(pa.RecordBatch.from_arrays(columns, schema=_TODO))
@@ -227,7 +295,7 @@ def write_todo(catalog: Catalog, folders: dict[str, Path], settings: EncodeSetti
     return count
 
 
-def _run(actor: type, arguments: tuple, settings: EncodeSettings, count: int, workers: int) -> Iterator[pa.Table]:
+def run_actors(actor: type, arguments: tuple, settings: EncodeSettings, count: int, workers: int) -> Iterator[pa.Table]:
     """What a pool of actors makes of the numbers of ``count`` blocks, as it comes."""
     for first in range(0, count, RUN_BLOCKS):
         numbers = range(first, min(first + RUN_BLOCKS, count))

@@ -1,13 +1,15 @@
-"""Which samples make an optimizer step, and how they are laid out over ranks.
+"""Which samples make an optimizer step.
 
 The *set* of samples of step s depends on (seed, mixture, batch size) only. World size and memory only split it into
-micro-batches, so a resumed or resized run neither skips nor repeats a sample.
+micro-batches (``layout``), so a resumed or resized run neither skips nor repeats a sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,64 +19,93 @@ from unimoe_ray.data.samples import SampleTable, Span
 # A turn, and the golden part of one: a float's exact value.
 _UNIT = 2**64
 _GOLDEN = int(0.6180339887498949 * _UNIT)
-# A micro-batch with more padding is divided: short samples before long ones. A micro-batch more costs as much time as
-# about this many tokens (measured on the mini model), so less padding than that is left alone.
-MAX_PADDING = 0.15
-MIN_PADDING = 64
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """Weights of tasks, and each task's sample indices in the table; a task whose samples are of sources with
-    different weights is one part for each of them."""
+class Pool(Protocol):
+    """Sample indices by place: an array, or ``columns.Rows``."""
 
-    tasks: tuple[str, ...]
-    weights: np.ndarray
-    indices: tuple[np.ndarray, ...]
+    def __len__(self) -> int: ...
 
-    @classmethod
-    def build(cls, weights: dict[str, float], indices: dict[str, np.ndarray], spans: Sequence[Span] = ()) -> Mixture:
-        """weights, indices: by task. Within a task, a sample of a source of weight 2 comes twice as often as one of a
-        source of weight 1."""
-        parts = [part for t in sorted(weights) for part in _by_source(t, weights[t], np.asarray(indices[t]), spans)]
-        names, shares, rows = zip(*parts, strict=True)
-        w = np.array(shares, dtype=np.float64)
-        return cls(names, w / w.sum(), rows)
-
-
-def _by_source(
-    task: str, weight: float, rows: np.ndarray, spans: Sequence[Span]
-) -> Iterator[tuple[str, float, np.ndarray]]:
-    source = np.searchsorted([span.first for span in spans], rows, side="right") - 1
-    parts = np.unique(source)
-    if len({spans[part].weight for part in parts if spans}) < 2:
-        yield task, weight, rows
-        return
-    masses = np.array([spans[part].weight for part in parts]) * [np.count_nonzero(source == part) for part in parts]
-    for part, share in zip(parts, masses / masses.sum(), strict=True):
-        yield f"{task}@{part}", weight * share, rows[source == part]
+    def __getitem__(self, places: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
 class Order:
-    """What decides the samples of every step of a run. ``tasks``: pairs of name and mixture weight."""
+    """What decides the samples of every step of a run.
+
+    tasks: pairs of name and mixture weight
+    steps, epochs: one of them. Of so many steps, each has the mixture's shares of the tasks. Of so many epochs, each
+        has every sample of the tasks as often as its task's weight (times its source's), a whole number, says
+    temperature T: shares are weight * size ** (1 / T); None: the weights alone
+    """
 
     tasks: tuple[tuple[str, float], ...]
-    steps: int
     batch_size: int
     seed: int
+    steps: int | None = None
+    epochs: int | None = None
+    temperature: float | None = None
 
     def plan(self, table: SampleTable, spans: Sequence[Span] = ()) -> Plan:
         """Raises KeyError for a task that the table lacks."""
         pools = table.by_task()
-        mixture = Mixture.build(dict(self.tasks), {task: pools[task] for task, _ in self.tasks}, spans)
-        return Plan(mixture, self.steps, self.batch_size, self.seed)
+        weights, pools = dict(self.tasks), {task: pools[task] for task, _ in self.tasks}
+        if self.epochs is not None:
+            return EpochPlan(Joined.build(weights, pools, spans), self.epochs, self.batch_size, self.seed)
+        mixture = Mixture.build(weights, pools, spans, self.temperature)
+        return MixturePlan(mixture, self.steps, self.batch_size, self.seed)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The samples of every step. Each is computed by itself: its cost does not depend on the steps before it, and only
-    by a logarithm on their number."""
+class Mixture:
+    """Shares of tasks, and each task's sample indices in the table; a task whose samples are of sources with
+    different weights is one part for each of them."""
+
+    tasks: tuple[str, ...]
+    weights: np.ndarray
+    indices: tuple[Pool, ...]
+
+    @classmethod
+    def build(
+        cls,
+        weights: dict[str, float],
+        indices: dict[str, Pool],
+        spans: Sequence[Span] = (),
+        temperature: float | None = None,
+    ) -> Mixture:
+        """weights, indices: by task. Within a task, a sample of a source of weight 2 comes twice as often as one of a
+        source of weight 1."""
+        names, shares, pools = [], [], []
+        for task in sorted(weights):
+            parts = _by_source(task, indices[task], spans)
+            masses = np.array([weight * len(pool) for _, weight, pool in parts], np.float64)
+            share = weights[task] * (1.0 if temperature is None else len(indices[task]) ** (1 / temperature))
+            names += [name for name, _, _ in parts]
+            shares += [share * part for part in masses / masses.sum()]
+            pools += [pool for _, _, pool in parts]
+        w = np.array(shares, dtype=np.float64)
+        return cls(tuple(names), w / w.sum(), tuple(pools))
+
+
+def _by_source(task: str, pool: Pool, spans: Sequence[Span]) -> list[tuple[str, float, Pool]]:
+    """Name, weight and sample indices of each part of a task: one, unless its sources have different weights."""
+    if len({span.weight for span in spans}) < 2:
+        return [(task, spans[0].weight if spans else 1.0, pool)]
+    edges = [0, *(bisect_left(pool, span.first) for span in spans[1:]), len(pool)]
+    parts = [
+        (f"{task}@{number}", span.weight, pool[start:stop])
+        for number, (span, start, stop) in enumerate(zip(spans, edges, edges[1:], strict=False))
+        if stop > start
+    ]
+    if len({weight for _, weight, _ in parts}) < 2:
+        return [(task, parts[0][1], pool)]
+    return parts
+
+
+@dataclass(frozen=True)
+class MixturePlan:
+    """A budget of steps. Each is computed by itself: its cost does not depend on the steps before it, and only by a
+    logarithm on their number."""
 
     mixture: Mixture
     steps: int
@@ -84,7 +115,7 @@ class Plan:
     def samples(self, step: int) -> np.ndarray:
         """Sample indices [batch_size] of a step.
 
-        Counts per task follow the weights within one sample in every step (systematic sampling with a rotating offset).
+        Counts per task follow the shares within one sample in every step (systematic sampling with a rotating offset).
         Each task is read in its own random order, through all of its samples before any comes again.
         """
         begin, end = self._drawn(step), self._drawn(step + 1)
@@ -110,6 +141,59 @@ class Plan:
         return [upper - lower for lower, upper in zip(below, below[1:], strict=False)]
 
 
+@dataclass(frozen=True)
+class EpochPlan:
+    """A budget of epochs, each in a random order of its own over all that is in the pool. An epoch's last step has what
+    is left of it."""
+
+    pool: Pool
+    epochs: int
+    batch_size: int
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * self._steps_of_one
+
+    def samples(self, step: int) -> np.ndarray:
+        """Sample indices of a step: [batch_size], or fewer at the end of an epoch."""
+        epoch, within = divmod(step, self._steps_of_one)
+        start, size = within * self.batch_size, len(self.pool)
+        stop = min(start + self.batch_size, size)
+        return self.pool[stream("epoch", size, epoch * size + start, epoch * size + stop, self.seed)]
+
+    @property
+    def _steps_of_one(self) -> int:
+        return -(-len(self.pool) // self.batch_size)
+
+
+Plan = MixturePlan | EpochPlan
+
+
+class Joined:
+    """Pools one after the other."""
+
+    def __init__(self, pools: Sequence[Pool]):
+        self._pools, self._starts = pools, np.cumsum([0, *map(len, pools)])
+
+    @classmethod
+    def build(cls, weights: dict[str, float], indices: dict[str, Pool], spans: Sequence[Span] = ()) -> Joined:
+        """Each sample as often as its task's and its source's weights, whole numbers, say."""
+        parts = [(weights[task], part) for task in sorted(weights) for part in _by_source(task, indices[task], spans)]
+        return cls([pool for weight, (_, of_source, pool) in parts for _ in range(round(weight * of_source))])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        samples = np.empty(places.shape, np.int64)
+        pool_of = np.searchsorted(self._starts, places, side="right") - 1
+        for number in np.unique(pool_of):
+            here = pool_of == number
+            samples[here] = self._pools[number][places[here] - self._starts[number]]
+        return samples
+
+
 def floor_sum(n: int, m: int, a: int, b: int) -> int:
     """The sum of floor((a * i + b) / m) over i in range(n), in O(log m) operations on whole numbers (Euclid's algorithm
     on the slope; Graham, Knuth, Patashnik: "Concrete Mathematics", section 3.5)."""
@@ -122,48 +206,3 @@ def floor_sum(n: int, m: int, a: int, b: int) -> int:
         n, b = divmod(top, m)
         m, a = a, m
     return total
-
-
-def split_step(
-    samples: np.ndarray, lengths: np.ndarray, groups: np.ndarray, world: int, max_tokens: int
-) -> list[list[np.ndarray]]:
-    """Micro-batches of each rank: [rank][micro] sample indices, equally many on every rank.
-
-    samples [B] indices; lengths [B] spliced tokens; groups [B] modality group numbers. A micro-batch has one modality
-    group, little padding and at most ``max_tokens`` padded tokens; ranks get about equal numbers of tokens. A rank for
-    which no sample is left gets empty micro-batches.
-    """
-    order = np.lexsort((samples, lengths, groups))
-    samples, lengths, groups = samples[order], lengths[order], groups[order]
-    middle = np.cumsum(lengths) - lengths / 2
-    rank_of = np.minimum((middle * world / lengths.sum()).astype(np.int64), world - 1)
-    ranks: list[list[np.ndarray]] = []
-    for rank in range(world):
-        mine = rank_of == rank
-        ranks.append(_micro_batches(samples[mine], lengths[mine], groups[mine], max_tokens))
-    most = max(len(micros) for micros in ranks)
-    for micros in ranks:
-        while len(micros) < most:
-            largest = max(range(len(micros)), key=lambda i: len(micros[i]), default=None)
-            if largest is None or len(micros[largest]) < 2:
-                micros.append(samples[:0])
-            else:
-                half = len(micros[largest]) // 2
-                micros[largest : largest + 1] = [micros[largest][:half], micros[largest][half:]]
-    return ranks
-
-
-def _micro_batches(samples: np.ndarray, lengths: np.ndarray, groups: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    micros: list[list[int]] = []
-    group, filled = None, 0
-    for sample, length, sample_group in zip(samples, lengths, groups, strict=True):
-        # Sorted by length, so the newest sample is the longest and sets the padded size.
-        padded = (len(micros[-1]) + 1) * length if micros else 0
-        padding = padded - filled - length
-        too_loose = padding > max(MIN_PADDING, MAX_PADDING * padded)
-        if sample_group != group or padded > max_tokens or too_loose:
-            micros.append([])
-            group, filled = sample_group, 0
-        micros[-1].append(sample)
-        filled += length
-    return [np.array(micro, dtype=np.int64) for micro in micros]

@@ -7,26 +7,29 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from unimoe_ray.config import Config
-from unimoe_ray.config.data import SPLITS, SourceConfig
+from unimoe_ray.config.data import SPLITS, DataConfig, SourceConfig
 from unimoe_ray.data.catalog import Catalog
-from unimoe_ray.data.encode import EncodeSettings, SoftTokens, encode_missing
+from unimoe_ray.data.encode import EncodeSettings, SoftTokens, count_tokens, encode_missing
 from unimoe_ray.data.gather import Progress, Tokenised, make_run_template, read_into, tokenised
 from unimoe_ray.data.locations import shown
 from unimoe_ray.data.pretrained import PretrainedTokenizer, load_pretrained_tokenizer
 from unimoe_ray.data.samples import SampleWriter, Source, Span
 from unimoe_ray.data.schema import Sample
+from unimoe_ray.data.sizes import chosen, store_sizes
 from unimoe_ray.data.sources import RecordFile, fingerprint, record_files
 from unimoe_ray.data.store import mended
+from unimoe_ray.data.stream import Stream, write_places
 from unimoe_ray.errors import UnimoeError
 
 # Samples of dev and test end where the answer is to begin; these are dev's with it, for a loss while training.
 VALIDATION = "validation"
 SHORTENED = "shortened.jsonl"
+PLACES = "media.arrow"  # where media lie that are streamed
 
 
 @dataclass
@@ -49,8 +52,12 @@ def tokenizer_path(config: Config) -> Path:
     return data_dir(config) / "tokenizer.json"
 
 
-def source(config: Config, split: str) -> Source:
-    """Where one split's prepared samples and features lie. Raises UnimoeError when they were not prepared."""
+def source(config: Config, split: str, settings: EncodeSettings | None = None) -> Source:
+    """Where one split's prepared samples and features lie. ``settings`` make those features that are streamed, which
+    are the train split's only: held-out ones are read by processes that have no towers, and again and again.
+
+    Raises UnimoeError when they were not prepared.
+    """
     path = data_dir(config) / "prepared.json"
     if not path.is_file():
         raise UnimoeError(
@@ -58,7 +65,10 @@ def source(config: Config, split: str) -> Source:
         )
     found = json.loads(path.read_text())
     spans = tuple(Span(*span) for span in found.get("spans", {}).get(split, ()))
-    return Source(str((data_dir(config) / f"{split}.arrow").resolve()), found["partitions"], spans)
+    folder, stream = data_dir(config).resolve(), None
+    if settings is not None and split == "train" and found.get("streamed"):
+        stream = Stream(str(folder / PLACES), replace(settings, gpu=config.data.stream_gpus > 0, threads=1))
+    return Source(str(folder / f"{split}.arrow"), found["partitions"], spans, stream)
 
 
 def prepare(
@@ -103,6 +113,15 @@ def prepare(
         # Encoding takes long: if there is too much wrong already, it is not begun.
         quarantine(config, catalog, records)
         todo = data_dir(config) / ".todo.arrow"
+        gigabytes = sum(size.bytes(config.data.store_dtype) for size in store_sizes(catalog, settings)) / 1e9
+        streamed = chosen(config.data.features, gigabytes, config.data.store_max_gb) == "stream"
+        if streamed:
+            say(
+                f"features are made on the fly, as data.features={config.data.features}: stored, they would be "
+                f"{gigabytes:.3f} GB (data.store_max_gb={config.data.store_max_gb:g})"
+            )
+            count_tokens(catalog, settings, soft_tokens, workers, todo, on_progress)
+            write_places(data_dir(config) / PLACES, catalog.places())
         summary.encoded = encode_missing(catalog, settings, soft_tokens, workers, todo, on_progress, say)
         template = make_run_template(config, catalog, pretrained, tokenizer_path(config))
         spans: dict[str, list[Span]] = {}
@@ -120,6 +139,7 @@ def prepare(
         summary.quarantined = catalog.count("bad")
     found = {
         "stamp": stamp,
+        "streamed": streamed,
         "partitions": {kind: str(partitions[kind]) for kind in sorted(used)},
         "mended": {str(partitions[kind]): mended(partitions[kind]) for kind in sorted(used)},
         "spans": {split: [astuple(span) for span in spans[split]] for split in SPLITS},
@@ -218,6 +238,8 @@ def _stamp(
         parts.append(data.too_long)
     if data.store_dtype != "fp16":
         parts.append(data.store_dtype)
+    if (data.features, data.store_max_gb) != ("auto", DataConfig().store_max_gb):
+        parts += [data.features, data.store_max_gb]
     if pretrained is not None:
         parts += [data.template, pretrained.tokenizer.to_str(), pretrained.legacy]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

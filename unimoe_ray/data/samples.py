@@ -6,9 +6,15 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+
+from unimoe_ray.data.columns import Column, Rows
+
+if TYPE_CHECKING:
+    from unimoe_ray.data.stream import Stream
 
 # What a batch of the file holds at most: a hundred megabytes or two while it is made.
 BATCH_ROWS, BATCH_TOKENS = 65_536, 2**22
@@ -54,11 +60,13 @@ class Span:
 
 @dataclass(frozen=True)
 class Source:
-    """Where prepared samples and features lie. ``partitions`` maps a modality to its folder in the store."""
+    """Where prepared samples and features lie. ``partitions`` maps a modality to its folder in the store; ``stream``
+    makes the features where the store has none."""
 
     samples: str
     partitions: dict[str, str]
     spans: tuple[Span, ...] = ()
+    stream: Stream | None = None
 
 
 class SampleWriter:
@@ -124,27 +132,33 @@ def _batch(samples: list[PreparedSample], names: dict[str, dict[str, int]]) -> p
 
 
 class SampleTable:
-    """Random access to prepared samples by row number; the file is mapped, not read."""
+    """Random access to prepared samples by row number; the file is mapped, not read. Memory: of the rows asked for.
+
+    lengths: spliced tokens of each row; groups: the index in ``group_names`` of each row's modality group
+    """
 
     def __init__(self, path: Path):
-        self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        self.lengths = self._table["length"].to_numpy()
-        column = self._column("group")
-        self.groups, self.group_names = np.asarray(column.indices), column.dictionary.to_pylist()
+        self._batches = pa.ipc.open_file(pa.memory_map(str(path))).read_all().to_batches()
+        self._starts = np.cumsum([0, *map(len, self._batches)])
+        self.lengths = Column([batch["length"].to_numpy() for batch in self._batches], np.int64)
+        self.groups, self.group_names = self._codes("group")
+        self._tasks, self._task_names = self._codes("task")
 
     def __len__(self) -> int:
-        return len(self._table)
+        return int(self._starts[-1])
 
-    def by_task(self) -> dict[str, np.ndarray]:
+    def by_task(self) -> dict[str, Rows]:
         """Row numbers of each task."""
-        column = self._column("task")
-        codes = np.asarray(column.indices)
-        return {task: np.flatnonzero(codes == code) for code, task in enumerate(column.dictionary.to_pylist())}
+        return {task: self._tasks.rows_of(code) for code, task in enumerate(self._task_names)}
 
     def get(self, row: int) -> PreparedSample:
-        values = self._table.slice(row, 1).to_pylist()[0]
+        batch = int(np.searchsorted(self._starts, row, side="right")) - 1
+        values = self._batches[batch].slice(row - int(self._starts[batch]), 1).to_pylist()[0]
         values.pop("length")
         return PreparedSample(**values)
 
-    def _column(self, name: str) -> pa.DictionaryArray:
-        return self._table[name].unify_dictionaries().combine_chunks()
+    def _codes(self, name: str) -> tuple[Column, list[str]]:
+        """``SampleWriter`` only ever adds names, so a code means the same in every batch."""
+        columns = [batch[name] for batch in self._batches]
+        names = columns[-1].dictionary.to_pylist() if columns else []
+        return Column([column.indices.to_numpy() for column in columns], np.int64), names

@@ -35,6 +35,9 @@ CHUNK = 32  # questions that a worker gets at a time
 AHEAD = 2  # chunks that each worker has or waits for
 RESTARTS = 3
 
+# Questions, and how many they are, to each of them with its reply, in any order.
+Ask = Callable[[Iterator[Question], int], Iterator[tuple[Question, Reply]]]
+
 
 @dataclass(frozen=True)
 class Task:
@@ -77,17 +80,45 @@ def decoding_of(benchmark: Benchmark, way: str) -> Decoding:
     return published
 
 
+def ray_workers(config: Config, model_dir: Path, decoding: Decoding, *, workers: int, use_gpu: bool) -> Ask:
+    """Asks over so many Ray actors. One that dies is started again, and its questions are asked again. A bounded number
+    of questions is on its way. Raises UnimoeError when workers keep failing."""
+
+    def ask(questions: Iterator[Question], count: int) -> Iterator[tuple[Question, Reply]]:
+        options = {"num_cpus": 1, "num_gpus": int(use_gpu), "max_restarts": RESTARTS, "max_task_retries": RESTARTS}
+        remote = ray.remote(**options)(Answerer)
+        settings = config.model_dump(mode="json")
+        needed = min(workers, -(-count // CHUNK))
+        actors = [remote.remote(settings, str(model_dir), decoding, use_gpu) for _ in range(needed)]
+        pending: dict[Any, tuple[Any, list[Question]]] = {}
+
+        def send(actor: Any) -> None:
+            if chunk := list(islice(questions, CHUNK)):
+                pending[actor.answer.remote(chunk)] = actor, chunk
+
+        try:
+            for actor in actors * AHEAD:
+                send(actor)
+            while pending:
+                (ready, *_), _ = ray.wait(list(pending), num_returns=1)
+                actor, chunk = pending.pop(ready)
+                replies = ray.get(ready)
+                send(actor)
+                yield from zip(chunk, replies, strict=True)
+        except ray.exceptions.RayError as error:
+            raise UnimoeError(f"answering failed: {root_cause(error)}") from error
+        finally:
+            for actor in actors:
+                ray.kill(actor)
+
+    return ask
+
+
 def run_benchmark(
-    config: Config,
-    model_dir: Path,
-    task: Task,
-    *,
-    workers: int,
-    use_gpu: bool,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    config: Config, model_dir: Path, task: Task, ask: Ask, on_progress: Callable[[int, int], None] | None = None
 ) -> Result:
-    """Answer what is not answered yet, score all. Needs Ray. Raises UsageError for files that are not as published,
-    before anything is asked; UnimoeError when workers keep failing."""
+    """Answer what is not answered yet (``ask``: see ``ray_workers``), score all. Raises UsageError for files that are
+    not as published, before anything is asked."""
     wanted = _digests(task)
     recipe = {
         "benchmark": task.benchmark.name,
@@ -104,11 +135,10 @@ def run_benchmark(
         with open(out / "answers.jsonl", "a+b") as log:
             replies = {i: reply for i, (digest, reply) in _read_log(log).items() if wanted.get(i) == digest}
             left = len(wanted) - len(replies)
-            on_progress(len(replies), len(wanted))
             unusable: dict[str, str] = {}
             if left:
                 todo = (question for question in task.questions() if question.id not in replies)
-                for question, reply in _ask(config, model_dir, task, todo, min(workers, -(-left // CHUNK)), use_gpu):
+                for question, reply in ask(todo, left):
                     if reply.fault:
                         unusable[question.id] = reply.fault
                     else:
@@ -116,7 +146,8 @@ def run_benchmark(
                         line = {"id": question.id, "digest": wanted[question.id]} | asdict(reply)
                         log.write(json.dumps(line).encode() + b"\n")
                         log.flush()
-                    on_progress(len(replies) + len(unusable), len(wanted))
+                    if on_progress:
+                        on_progress(len(replies) + len(unusable), len(wanted))
         return _finish(task, out, recipe, replies, unusable, left)
 
 
@@ -158,37 +189,6 @@ def _read_log(log: IO[bytes]) -> dict[str, tuple[str, Reply]]:
         found[name] = digest, Reply(**entry)
     log.seek(0, 2)
     return found
-
-
-def _ask(
-    config: Config, model_dir: Path, task: Task, questions: Iterator[Question], workers: int, use_gpu: bool
-) -> Iterator[tuple[Question, Reply]]:
-    """Questions and their replies as they come. A worker that dies is started again, and its questions are asked again.
-    A bounded number of questions is on its way."""
-    remote = ray.remote(num_cpus=1, num_gpus=int(use_gpu), max_restarts=RESTARTS, max_task_retries=RESTARTS)(Answerer)
-    settings = config.model_dump(mode="json")
-    actors = [remote.remote(settings, str(model_dir), task.decoding, use_gpu) for _ in range(workers)]
-    pending: dict[Any, tuple[Any, list[Question]]] = {}
-
-    def send(actor: Any) -> None:
-        if chunk := list(islice(questions, CHUNK)):
-            pending[actor.answer.remote(chunk)] = actor, chunk
-
-    try:
-        for _ in range(AHEAD):
-            for actor in actors:
-                send(actor)
-        while pending:
-            (ready, *_), _ = ray.wait(list(pending), num_returns=1)
-            actor, chunk = pending.pop(ready)
-            replies = ray.get(ready)
-            send(actor)
-            yield from zip(chunk, replies, strict=True)
-    except ray.exceptions.RayError as error:
-        raise UnimoeError(f"{task.benchmark.name}: answering failed: {root_cause(error)}") from error
-    finally:
-        for actor in actors:
-            ray.kill(actor)
 
 
 def _finish(

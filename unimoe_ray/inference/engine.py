@@ -24,7 +24,7 @@ from unimoe_ray.inference.request import (
     RequestRefused,
     TokenLogprob,
 )
-from unimoe_ray.inference.sampling import sample, top_logprobs
+from unimoe_ray.inference.sampling import likeliest, sample, top_logprobs
 from unimoe_ray.inference.sequence import Sequence, embed_next
 from unimoe_ray.inference.text import token_bytes
 from unimoe_ray.model.language import mixtures
@@ -110,7 +110,9 @@ class Engine:
             return []
         ends = np.cumsum([count for _, count in plan]).tolist()
         spans = [Span(sequence.extent.start, sequence.cached, count) for sequence, count in plan]
-        ready = [(sequence, end - 1) for (sequence, count), end in zip(plan, ends, strict=True) if sequence.left == count]
+        ready = [
+            (sequence, end - 1) for (sequence, count), end in zip(plan, ends, strict=True) if sequence.left == count
+        ]
         embeddings = embed_next(plan, self._table)
         logits, chosen = self.decoder(embeddings, spans, [end for _, end in ready])
         routed = chosen.numpy().swapaxes(0, 1)  # [T, L, K]
@@ -178,8 +180,8 @@ class Engine:
 
     @torch.inference_mode()
     def _sample(self, ready: list[Sequence], logits: torch.Tensor) -> list[Output]:
-        best, tokens = logits.max(dim=-1)
-        sound = torch.isfinite(best)
+        tokens = likeliest(logits)
+        sound = torch.isfinite(logits.gather(1, tokens[:, None])[:, 0])
         if not all(sequence.takes_the_likeliest for sequence in ready):
             rows = [sequence.row for sequence in ready]
             tokens = sample(torch.where(sound[:, None], logits, 0.0), rows)

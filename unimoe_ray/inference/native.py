@@ -21,6 +21,8 @@ from unimoe_ray.model.unimoe import UniMoE
 logger = logging.getLogger(__name__)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 MAX_EXPERTS = 256  # as kernel.cpp has it
+# Weights begin at cache lines, so that no vector lies in two, and lie in slabs large enough for huge pages.
+ALIGNED, SLAB = 64, 64 << 20
 
 
 class _Weights(Structure):
@@ -89,6 +91,7 @@ class NativeDecoder:
         self._vector = self._library.vector_length()
         self._type = torch.int8 if quantize else head.weight.dtype
         self._kept: list[torch.Tensor | ctypes.Array] = [*arena.keys, *arena.values]
+        self._slab, self._used = torch.empty(0, dtype=torch.uint8), 0
         self._hidden, self._vocab = config.hidden_size, len(head.weight)
         self._sparse = [layer.mlp.top_k for layer in decoder.layers if isinstance(layer.mlp, SparseFeedForward)]
         cos, sin = decoder.rotary_emb(torch.empty(1), torch.arange(model.max_positions)[None])
@@ -175,23 +178,31 @@ class NativeDecoder:
         return -n % (2 * self._vector) + n
 
     def _panels(self, *weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One or two [N, K] as panels [P, K, vector], alternating, an even number; with a scale [P * vector] of each
-        output if in int8."""
-        rows = len(weights[0])
-        length = -(-rows // self._vector) * self._vector if len(weights) > 1 else self._padded(rows)
-        parts = [nn.functional.pad(weight.detach(), (0, 0, 0, length - rows)) for weight in weights]
-        stacked = torch.stack([part.view(-1, self._vector, part.shape[1]) for part in parts], dim=1).flatten(0, 1)
+        """One or two [N, K] as pairs of panels [P, K, 2 * vector], two as one panel of each; with a scale of each
+        output [P * 2 * vector] if in int8."""
+        width = 2 * self._vector // len(weights)
+        length = -(-len(weights[0]) // width) * width
+        parts = [nn.functional.pad(weight.detach(), (0, 0, 0, length - len(weight))) for weight in weights]
+        pairs = torch.cat([part.view(-1, width, part.shape[1]) for part in parts], dim=1)
         scale = None
         if self._type is torch.int8:
-            scale = stacked.float().abs().amax(dim=-1).clamp(min=1e-30) / 127
-            stacked = (stacked.float() / scale[..., None]).round()
+            scale = pairs.float().abs().amax(dim=-1).clamp(min=1e-30) / 127
+            pairs = (pairs.float() / scale[..., None]).round()
             scale = scale.flatten()
-        return stacked.transpose(1, 2).to(self._type).contiguous(), scale
+        return pairs.transpose(1, 2).to(self._type), scale
 
     def _weights(self, panels: tuple[torch.Tensor, torch.Tensor | None]) -> _Weights:
         data, scale = panels
-        self._kept.append(data)
-        return _Weights(data.data_ptr(), None if scale is None else self._array(scale))
+        nbytes = data.numel() * data.itemsize
+        if nbytes > len(self._slab) - self._used:
+            self._slab, self._used = torch.empty(max(nbytes + ALIGNED, SLAB), dtype=torch.uint8), 0
+            self._library.want_huge_pages(c_void_p(self._slab.data_ptr()), c_int64(len(self._slab)))
+            self._kept.append(self._slab)
+            self._used = -self._slab.data_ptr() % ALIGNED
+        kept = self._slab[self._used : self._used + nbytes].view(data.dtype)
+        kept.view(data.shape).copy_(data)
+        self._used += -(-nbytes // ALIGNED) * ALIGNED
+        return _Weights(kept.data_ptr(), None if scale is None else self._array(scale))
 
     def _array(self, values: torch.Tensor) -> int:
         values = values.detach().float().clone(memory_format=torch.contiguous_format)

@@ -61,14 +61,14 @@ class PrefixCache:
         self._beginnings.setdefault(_beginning(prefix.keys), set()).add(self._next)
         self._next += 1
 
-    def find(self, keys: np.ndarray) -> tuple[Prefix, int] | None:
-        """The one with the longest common beginning, if that is worth it, and its length."""
+    def find(self, keys: np.ndarray) -> tuple[int, Prefix] | None:
+        """Length of the longest common beginning, if it is worth it, and which prefix has it."""
         names = self._beginnings.get(_beginning(keys), ()) if len(keys) >= SHORTEST else ()
         length, name = max(((self._kept[name].common(keys), name) for name in names), default=(0, -1))
         if length < SHORTEST:
             return None
         self._kept.move_to_end(name)
-        return self._kept[name], length
+        return length, self._kept[name]
 
     def drop_oldest(self) -> Extent:
         name, prefix = self._kept.popitem(last=False)

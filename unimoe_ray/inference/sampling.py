@@ -21,6 +21,13 @@ class Row:
     seed: int
 
 
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """Of each row [n, V], [n] int64; a NaN is above all. NumPy's search is many times faster than torch's on CPUs."""
+    if logits.device.type == "cpu" and logits.dtype is torch.float32:
+        return torch.from_numpy(logits.numpy().argmax(axis=-1))
+    return logits.argmax(dim=-1)
+
+
 def sample(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
     """Next token of each row: [n] int64 from ``logits`` [n, V] float.
 
@@ -29,7 +36,7 @@ def sample(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
     the same text elsewhere.
     """
     logits = _penalised(logits.float(), rows)
-    tokens = logits.argmax(dim=-1)
+    tokens = likeliest(logits)
     drawn = [i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_BELOW]
     if drawn:
         tokens[drawn] = _draw(logits[drawn], [rows[i] for i in drawn])

@@ -57,7 +57,9 @@ class TextStream:
     def _held_back(self) -> int:
         """Length of the end of the pending text that may still become part of a stop string, or outer space."""
         text = self._pending
-        longest = max((len(stop) - 1 for stop in self._stop), default=0)
+        if not self._stop:
+            return len(text) - len(text.rstrip())
+        longest = max(len(stop) - 1 for stop in self._stop)
         begins = next(
             (
                 n

@@ -14,10 +14,15 @@ from unimoe_ray.mini.towers import load_towers
 from unimoe_ray.model.features import Tower
 
 
+def suite_dir(config: Config) -> Path:
+    """Where the suite of this seed is, or will be."""
+    return Path(config.data.dir) / f"mini-{config.mini.scale}-{config.suite_seed}"
+
+
 def suite(config: Config, say: Callable[[str], None]) -> Path:
     """The folder of the suite for this seed, built unless it is there."""
     scale = SuiteScale.tiny() if config.mini.scale == "tiny" else SuiteScale()
-    folder = Path(config.data.dir) / f"mini-{config.mini.scale}-{config.suite_seed}"
+    folder = suite_dir(config)
     if not (folder / "suite.json").is_file():
         say("fetching the mini assets")
         assets = fetch(say, parts=("suite",) if config.mini.random_towers else ("suite", "towers"))
@@ -30,8 +35,7 @@ def suite_hash(config: Config) -> str | None:
     """The content hash stamped on the suite, if this run uses it."""
     if not config.data.is_mini:
         return None
-    folder = Path(config.data.dir) / f"mini-{config.mini.scale}-{config.suite_seed}"
-    return json.loads((folder / "suite.json").read_text())["hash"]
+    return json.loads((suite_dir(config) / "suite.json").read_text())["hash"]
 
 
 def towers(config: Config, modalities: tuple[str, ...] = ("image", "speech", "audio")) -> dict[str, Tower]:

@@ -23,7 +23,7 @@ class RoutingRecorder:
 
     token_mask [T] bool or None: tokens that are routed; padding passes through as zeros
     kinds [routed tokens] int64 or None: index of each token's kind in ``TOKEN_KINDS``
-    samples: rows of the batch, of equally many tokens each, that the mask is of
+    owners [routed tokens] int64 or None: the sample of each token, below ``samples``
     group_sum: sums a tensor over the processes that share a step, for the losses of the routers; alone, the tensor
         itself
     """
@@ -31,12 +31,19 @@ class RoutingRecorder:
     def __init__(self) -> None:
         self.token_mask: torch.Tensor | None = None
         self.kinds: torch.Tensor | None = None
-        self.samples = 1
+        self.owners: torch.Tensor | None = None
+        self.samples = 0
         self.layers: list[RoutingStats] = []
         self.group_sum: Callable[[torch.Tensor], torch.Tensor] | None = None
 
-    def start(self, token_mask: torch.Tensor | None, kinds: torch.Tensor | None = None, samples: int = 1) -> None:
-        self.token_mask, self.kinds, self.samples, self.layers = token_mask, kinds, samples, []
+    def start(
+        self,
+        token_mask: torch.Tensor | None,
+        kinds: torch.Tensor | None = None,
+        owners: torch.Tensor | None = None,
+        samples: int = 0,
+    ) -> None:
+        self.token_mask, self.kinds, self.owners, self.samples, self.layers = token_mask, kinds, owners, samples, []
 
     def sums(self) -> RoutingSums:
         """Statistics of the pass by layer and kind of token, fields [L, G, ...]. Needs a mixture."""
@@ -63,17 +70,16 @@ class RoutingRecorder:
 
     def _modality_losses(self, config: MoEConfig) -> torch.Tensor:
         """Means over the samples of the group; over layers as the balance loss."""
-        owners = self.token_mask.nonzero().squeeze(-1) // (len(self.token_mask) // self.samples)
         layers = []
         for stats in self.layers:
-            about = stats.routing.logits, self.kinds, owners, self.samples
+            about = stats.routing.logits, self.kinds, self.owners, self.samples
             loss = config.kl_loss_coef * kl_losses(*about) if config.kl_loss_coef else 0.0
             if config.multimodal_loss_coef:
                 loss = loss + config.multimodal_loss_coef * multimodal_losses(*about, config.experts_by_modality())
             layers.append(loss.sum())
         total = torch.stack(layers)
         total = total.mean() if config.balance_over_layers == "mean" else total.sum()
-        samples = (torch.bincount(owners, minlength=self.samples) > 0).sum().to(total.dtype)
+        samples = (torch.bincount(self.owners, minlength=self.samples) > 0).sum().to(total.dtype)
         if self.group_sum is not None:
             # This process's part of a mean over all samples: the parts are added up, as gradients are.
             samples = self.group_sum(samples)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,19 @@ from unimoe_ray.model.splice import splice
 
 
 @dataclass
+class Packing:
+    """Several samples to a row, each of which attends to itself only.
+
+    positions [B, S] int64: place of each token in its sample; padding goes on counting
+    samples: how many there are; longest: tokens of the longest
+    """
+
+    positions: torch.Tensor
+    samples: int
+    longest: int
+
+
+@dataclass
 class Batch:
     """One micro-batch, padded on the right (training) or on the left (generation).
 
@@ -26,16 +39,34 @@ class Batch:
     mask      [B, S] bool: False in padding
     labels    [B, S] int64: the token itself where it is an answer's, else -100
     features  per modality: windows of all files, in the order of their placeholders
+    packing   None: a row is a sample
     """
 
     input_ids: torch.Tensor
     mask: torch.Tensor
     labels: torch.Tensor
     features: dict[str, Features] = field(default_factory=dict)
+    packing: Packing | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         features = {modality: f.to(device) for modality, f in self.features.items()}
-        return Batch(self.input_ids.to(device), self.mask.to(device), self.labels.to(device), features)
+        packing = self.packing and replace(self.packing, positions=self.packing.positions.to(device))
+        return Batch(self.input_ids.to(device), self.mask.to(device), self.labels.to(device), features, packing)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample, padding of its row included where it has one to itself."""
+        return self.input_ids.shape[1] if self.packing is None else self.packing.longest
+
+    @property
+    def samples(self) -> int:
+        return len(self.input_ids) if self.packing is None else self.packing.samples
+
+    def owners(self) -> torch.Tensor:
+        """The sample, by number, of each token that is none of padding: int64."""
+        if self.packing is None:
+            return self.mask.nonzero()[:, 0]
+        return (self.packing.positions == 0)[self.mask].cumsum(0) - 1
 
 
 def to_batch(arrays: dict[str, np.ndarray]) -> Batch:
@@ -50,7 +81,11 @@ def to_batch(arrays: dict[str, np.ndarray]) -> Batch:
         if f"{kind}.values" in arrays
     }
     ids, mask, labels = (torch.from_numpy(arrays[name]) for name in ("input_ids", "mask", "labels"))
-    return Batch(ids, mask, labels, features)
+    if (positions := arrays.get("positions")) is None:
+        return Batch(ids, mask, labels, features)
+    longest = int(positions[arrays["mask"]].max()) + 1
+    samples = int((arrays["mask"] & (positions == 0)).sum())
+    return Batch(ids, mask, labels, features, Packing(torch.from_numpy(positions), samples, longest))
 
 
 def token_kinds(input_ids: torch.Tensor) -> torch.Tensor:
@@ -121,18 +156,26 @@ class UniMoE(nn.Module):
 
     def forward(self, batch: Batch) -> Loss:
         """Loss of a right-padded batch. Padding is to the right of every token, so causal attention never sees it
-        and no attention mask is needed. Raises UnimoeError when it is longer than ``max_positions``."""
+        and no attention mask is needed. Where rows are packed, positions that start again tell transformers where a
+        sample ends: it makes the block-diagonal mask (or has flash attention leave it out, of a single row). Raises
+        UnimoeError when a sample is longer than ``max_positions``."""
         self._check_length(batch, 0)
-        embeddings = self.embed(batch)
-        self.recorder.start(batch.mask.reshape(-1), token_kinds(batch.input_ids[batch.mask]), len(batch.mask))
-        decoder = self.language.get_decoder()
-        hidden = decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        hidden = self.hidden_states(batch)
         targets = batch.labels[:, 1:].reshape(-1)
         index = (targets != IGNORE_INDEX).nonzero().squeeze(-1)
         answers = hidden[:, :-1].reshape(-1, hidden.shape[-1])[index]
         logits = self.language.get_output_embeddings()(answers)
         loss = F.cross_entropy(logits.float(), targets[index], reduction="sum")
         return Loss(loss, index.new_tensor(len(index)), self.recorder.loss(self.config.moe))
+
+    def hidden_states(self, batch: Batch) -> torch.Tensor:
+        """Of the last layer, [B, S, H], of a right-padded batch; the recorder has what its routers did."""
+        embeddings = self.embed(batch)
+        kinds = token_kinds(batch.input_ids[batch.mask])
+        self.recorder.start(batch.mask.reshape(-1), kinds, batch.owners(), batch.samples)
+        positions = None if batch.packing is None else batch.packing.positions
+        decoder = self.language.get_decoder()
+        return decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False).last_hidden_state
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, eos_token_id: int) -> torch.Tensor:
@@ -150,7 +193,7 @@ class UniMoE(nn.Module):
         )
 
     def _check_length(self, batch: Batch, new_tokens: int) -> None:
-        length = batch.input_ids.shape[1]
+        length = batch.longest
         if length + new_tokens > self.max_positions:
             answer = f" and {new_tokens} kept for the answer" if new_tokens else ""
             raise UnimoeError(f"{length} tokens with media{answer}; the model takes at most {self.max_positions}")

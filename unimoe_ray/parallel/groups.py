@@ -16,7 +16,7 @@ def expert_parallel_size(wanted: int | Literal["auto"], world: int, experts: int
 
     Raises UsageError when ``wanted`` does not divide the world or leaves ranks without experts.
     """
-    allowed = [size for size in range(1, min(world, experts) + 1) if world % size == 0]
+    allowed = _sizes(world, experts)
     if wanted == "auto":
         return allowed[-1]
     if wanted not in allowed:
@@ -26,6 +26,19 @@ def expert_parallel_size(wanted: int | Literal["auto"], world: int, experts: int
             f"auto, {numbers}"
         )
     return wanted
+
+
+def nearest_expert_parallel_size(wanted: int | Literal["auto"], world: int, experts: int) -> int:
+    """As ``expert_parallel_size`` for a world that came to be by itself: ``wanted`` if possible, else the next larger
+    size, whose ranks hold fewer experts, else the next smaller one."""
+    allowed = _sizes(world, experts)
+    if wanted == "auto":
+        return allowed[-1]
+    return min((size for size in allowed if size >= wanted), default=allowed[-1])
+
+
+def _sizes(world: int, experts: int) -> list[int]:
+    return [size for size in range(1, min(world, experts) + 1) if world % size == 0]
 
 
 def tag_expert(expert: nn.Module, group_name: str) -> None:

@@ -21,6 +21,8 @@ SIGNATURE_NAMES = {
     "imbalance": "uneven loads",
     "validation": "one modality gets worse",
     "divergence": "divergence",
+    "skipped": "step left out",
+    "checkpoint": "checkpoint",
 }
 
 

@@ -32,6 +32,10 @@ class Curve:
     times: list[float] = field(default_factory=list)
     routing: RoutingHistory = field(default_factory=RoutingHistory)
     validations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    goodput: float | None = None
+    restarts: int = 0
+    lost_steps: int = 0
+    pauses: float = 0.0
 
     def add(self, record: dict[str, Any]) -> None:
         step = int(record["step"])
@@ -52,6 +56,11 @@ class Curve:
         if validation := record.get("validation"):
             losses = {str(group): float(loss) for group, loss in validation.items()}
             self.validations = [known for known in self.validations if known[0] < step] + [(step, losses)]
+        if "goodput" in record:
+            self.goodput = float(record["goodput"])
+            self.restarts, self.lost_steps = int(record["restarts"]), int(record["lost_steps"])
+        if written := record.get("checkpoint"):
+            self.pauses += float(written["wait_s"]) + float(written["copy_s"])
 
     def _go_back(self, step: int) -> None:
         """A run that was stopped did its later steps again: only the last time counts."""
@@ -70,12 +79,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class RunData:
-    """``config``, ``evaluation`` and ``findings`` as in their files; ``quarantine`` counts records by reason."""
+    """``config``, ``evaluation``, ``findings`` and ``events`` as in their files; ``quarantine`` counts by reason."""
 
     folder: Path
     config: dict[str, Any]
     curves: list[Curve]
     findings: list[dict[str, Any]]
+    events: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
     samples: list[dict[str, Any]]
     routing: dict[str, Any] | None
@@ -106,6 +116,7 @@ def read_run(folder: Path) -> RunData:
             config=_config(folder / "config.yaml", notes),
             curves=_curves(folder / "metrics.jsonl", notes),
             findings=[f for f in _lines(folder / "findings.jsonl", notes) if _is_finding(f)],
+            events=[e for e in _lines(folder / "events.jsonl", notes) if _is_event(e)],
             evaluation=_object(folder / "eval.json", _is_evaluation, notes),
             samples=[s for s in _lines(folder / "eval_samples.jsonl", notes) if _is_sample(s)],
             routing=_object(folder / "routing.json", _is_routing, notes),
@@ -206,3 +217,9 @@ def _is_sample(value: dict[str, Any]) -> bool:
 def _is_finding(value: dict[str, Any]) -> bool:
     numbers = all(isinstance(value.get(key), int) for key in ("step", "since"))
     return numbers and all(isinstance(value.get(key), str) for key in ("run", "signature", "text"))
+
+
+def _is_event(value: dict[str, Any]) -> bool:
+    named = all(isinstance(value.get(key), str) for key in ("run", "event"))
+    timed = isinstance(value.get("time"), int | float)
+    return named and timed and (value["event"] != "recovered" or isinstance(value.get("seconds"), int | float))

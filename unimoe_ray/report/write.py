@@ -14,6 +14,7 @@ from unimoe_ray.report.experts import experts, findings
 from unimoe_ray.report.html import Html, tag
 from unimoe_ray.report.read import RunData, read_run
 from unimoe_ray.report.sections import accuracy, headline, losses, quarantine, stages
+from unimoe_ray.report.timeline import timeline
 from unimoe_ray.report.words import date
 
 
@@ -49,6 +50,7 @@ def _page(data: RunData, media: Path) -> str:
         ("findings", "Findings", findings(data)),
         ("experts", "Experts", experts(data)),
         ("stages", "Stages", stages(data)),
+        ("timeline", "Timeline", timeline(data)),
         ("answers", "Answers", answers(data, media)),
         ("data", "Left out", quarantine(data)),
     ]

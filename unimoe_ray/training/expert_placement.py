@@ -16,7 +16,7 @@ from unimoe_ray.model.moe import MoELayer
 from unimoe_ray.model.routing import RoutingSums
 from unimoe_ray.model.unimoe import UniMoE
 from unimoe_ray.parallel import cluster_topology
-from unimoe_ray.parallel.groups import Held, expert_parallel_size
+from unimoe_ray.parallel.groups import Held, nearest_expert_parallel_size
 from unimoe_ray.parallel.placement import replan
 from unimoe_ray.parallel.placement_cost import Work, gain
 from unimoe_ray.parallel.topology import Loads, Placement, contiguous
@@ -27,12 +27,13 @@ def spread_experts(model: UniMoE, config: Config, device: torch.device, placemen
     """Drop the experts that other workers hold, as configured, and return how many workers share a mixture's experts.
 
     placement: to begin with, where as many workers share them as it is for; else experts lie in the order of their ids.
-    Raises UsageError as ``expert_parallel_size``.
+    Where workers were lost or have come, and ``ep_size`` does not divide their number, it is the next larger that does,
+    which takes no more memory, else the next smaller.
     """
     layers, experts = len(mixtures(model)), model.config.moe.num_experts
     if not layers:
         return 1
-    ranks = expert_parallel_size(config.training.expert_parallel.ep_size, dist.get_world_size(), experts)
+    ranks = nearest_expert_parallel_size(config.training.expert_parallel.ep_size, dist.get_world_size(), experts)
     if ranks > 1:
         choose_accelerator(device)
         from unimoe_ray.parallel.expert_parallel import distribute

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unimoe_ray.data.samples import Source
+from unimoe_ray.training import recovery
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Job:
 
 def train_worker(job: Job) -> None:
     """The Ray Train worker function."""
+    recovery.mark("entered")
     from unimoe_ray.training.loop import train
 
+    recovery.mark("imported")
     train(job)

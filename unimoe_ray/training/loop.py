@@ -25,10 +25,12 @@ from unimoe_ray.config.model import PLACEHOLDER_IDS, TOKEN_KINDS
 from unimoe_ray.config.training import TrainRun
 from unimoe_ray.data import prepare
 from unimoe_ray.data.batch import Arrays
-from unimoe_ray.data.loader import Layout, Step, iterate_steps, rank_dataset
+from unimoe_ray.data.loader import Layout, Step, iterate_steps, rank_dataset, total_steps
+from unimoe_ray.errors import UnimoeError
 from unimoe_ray.model.language import mixtures
 from unimoe_ray.model.routing import RoutingSums
 from unimoe_ray.model.unimoe import to_batch
+from unimoe_ray.training import interrupt, recovery
 from unimoe_ray.training.allocator import keep_freed_memory
 from unimoe_ray.training.checkpoint import ModelInfo, save_model
 from unimoe_ray.training.engine import (
@@ -39,6 +41,8 @@ from unimoe_ray.training.engine import (
     set_learning_rates,
 )
 from unimoe_ray.training.expert_placement import ExpertMover, collect_experts, placement_of, spread_experts
+from unimoe_ray.training.guard import BadStep, Guard
+from unimoe_ray.training.interrupt import PlannedRestart
 from unimoe_ray.training.job import Job
 from unimoe_ray.training.recipe import order_of, run_seed
 from unimoe_ray.training.record import RunRecord
@@ -70,36 +74,56 @@ def train(job: Job) -> None:
     mover = ExpertMover(ranks, config, make_engine)
     if state is not None:
         restore.load(mover.engine, state)
-    saver = Saver(states, config.checkpoint, label=job.label, steps=run.steps, decides=job.decides, start=state)
 
     order = order_of(config, job.stage, job.run, job.tasks)
-    layout = Layout(rank, world, config.training.max_tokens_per_micro_batch)
+    run = run.model_copy(update={"steps": total_steps(job.source, order), "epochs": None})
+    saver = Saver(states, config.checkpoint, label=job.label, steps=run.steps, decides=job.decides, start=state)
+    layout = Layout(rank, world, config.training.max_tokens_per_micro_batch, config.training.packed_row_tokens or 0)
     dataset = rank_dataset(job.source, order, layout, config.data.steps_per_block, first_step=done)
     steps = iterate_steps(dataset, config.data.prefetch)
     validation = _plan_validation(config, job, rank, world)
+    guard = Guard.of_run(config, job.label, done)
     record = RunRecord(config, job.label, done) if rank == 0 else None
     for text in passed_over if record is not None else ():
         record.remark(done, text)
+    written: Outcome | None = None
+    recovery.mark("restored")
     for number in range(done, run.steps):
         started = time.perf_counter()
         step = next(steps)
         waited = time.perf_counter() - started
         seed_step(seed, number, rank)
-        metrics, routing = train_step(mover.engine, step, run, config, device)
+        try:
+            metrics, routing, stop = train_step(mover.engine, step, run, config, device, guard)
+        except BadStep as bad:
+            if rank == 0:
+                recovery.write_event(config.run_dir, job.label, recovery.BAD_STEP, step=bad.step, reason=bad.reason)
+            raise
         metrics |= {"data_wait_s": round(waited, 4), "seconds": round(time.perf_counter() - started, 4)}
         metrics["tokens_per_s"] = round(metrics["tokens"] / max(metrics["seconds"], 1e-9), 1)
         if validation is not None and _is_due(number + 1, run.steps, config):
             metrics["validation"] = validate(mover.engine, validation, device)
         if routing is not None and number + 1 < run.steps and (moved := mover.after_step(number + 1, routing)):
             metrics["moved_experts"] = moved
-        written = saver.outcome()
-        if saver.is_due(number + 1):
-            score = mean(metrics["validation"].values()) if "validation" in metrics else None
-            before = saver.save(mover.engine, number + 1, placement=placement_of(model), validation=score)
-            written = written or before
+        written = written or saver.outcome()
         if record is not None:
             line = {"step": number + 1, "steps": run.steps, "stage": job.stage, "run": job.label} | metrics
             record.write(line | {"world": world} | _told(record, written))
+        written = None
+        if saver.is_due(number + 1):  # with all steps before it on record
+            score = mean(metrics["validation"].values()) if "validation" in metrics else None
+            written = saver.save(mover.engine, number + 1, placement=placement_of(model), validation=score)
+        if stop is not None and number + 1 < run.steps:
+            try:
+                saver.save_now(mover.engine, number + 1, placement=placement_of(model))
+            except UnimoeError as error:
+                if config.checkpoint.on_error == "stop":
+                    raise
+                interrupt.withdraw()
+                if record is not None:
+                    record.remark(number + 1, f"the workers go on in spite of a {stop}: {error}")
+            else:
+                raise PlannedRestart(stop, f"the workers stop for a {stop}, their state saved")
 
     collect_experts(model)
     if rank == 0:
@@ -134,33 +158,39 @@ def _told(record: RunRecord | None, outcome: Outcome | None) -> dict[str, Any]:
 
 
 def train_step(
-    engine, step: Step, run: TrainRun, config: Config, device: torch.device
-) -> tuple[dict[str, Any], RoutingSums | None]:
-    """One optimizer step: metrics over all ranks, and this rank's routing (None of a dense model)."""
+    engine, step: Step, run: TrainRun, config: Config, device: torch.device, guard: Guard
+) -> tuple[dict[str, Any], RoutingSums | None, str | None]:
+    """One optimizer step: metrics over all ranks, and this rank's routing (None of a dense model), and the
+    cause if workers are to stop after it. Raises as ``Guard`` does."""
     counts = _token_counts(step.micro_batches)
-    local = torch.tensor(
-        [counts["answer"], counts["all"], step.samples, *(counts[m] for m in TOKEN_KINDS)], device=device
-    )
+    kinds = [counts[kind] for kind in TOKEN_KINDS]
+    local = torch.tensor([counts["answer"], counts["all"], step.samples, *kinds, *interrupt.requested()], device=device)
     dist.all_reduce(local)
-    answer_tokens, tokens, samples, *by_modality = local.tolist()
+    answer_tokens, tokens, samples, *others = local.tolist()
+    by_modality, requests = others[: len(kinds)], others[len(kinds) :]
 
     factor = learning_rate_factor(step.number, run.steps, config.training.optimizer)
     set_learning_rates(engine, factor)
     batches = [to_batch(arrays).to(device) for arrays in step.micro_batches]
     total, routing = backward_step(engine, batches, answer_tokens)
-    engine.step()
-
     dist.all_reduce(total)
+    loss = float(total) / max(answer_tokens, 1)
+    number = step.number + 1
+    skipped = guard.before_update(engine, number, loss)
+    engine.step()
+    skipped = skipped or guard.after_update(engine, number)
+
     metrics = {
-        "loss": round(float(total) / max(answer_tokens, 1), 6),
+        "loss": round(loss, 6),
         "lr": round(max(run.train.values()) * factor, 8),
         "tokens": tokens,
         "samples": samples,
         "modality": dict(zip(TOKEN_KINDS, by_modality, strict=True)),
         "micro_batches": len(batches),
         **(routing_metrics(over_ranks(routing)) if routing is not None else {"expert_load": None}),
+        **({"skipped": skipped} if skipped is not None else {}),
     }
-    return metrics, routing
+    return metrics, routing, interrupt.agreed(requests)
 
 
 def _plan_validation(config: Config, job: Job, rank: int, world: int) -> ValidationPlan | None:

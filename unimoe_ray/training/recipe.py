@@ -42,7 +42,8 @@ def decisive(
 def order_of(config: Config, stage: str, run: str, tasks: dict[str, float]) -> Order:
     """What decides the samples of every step of a run."""
     settings = getattr(config.stages, stage)[run]
-    return Order(tuple(tasks.items()), settings.steps, settings.batch_size, run_seed(config, stage, run))
+    seed, budget = run_seed(config, stage, run), (settings.steps, settings.epochs)
+    return Order(tuple(tasks.items()), settings.batch_size, seed, *budget, settings.temperature)
 
 
 def run_seed(config: Config, stage: str, run: str) -> int:
@@ -52,7 +53,8 @@ def run_seed(config: Config, stage: str, run: str) -> int:
 
 def _last_samples(order: Order, source: Source) -> str:
     """A hash of the samples of the last step: they are others if those of any step are."""
-    samples = order.plan(SampleTable(Path(source.samples)), source.spans).samples(order.steps - 1)
+    plan = order.plan(SampleTable(Path(source.samples)), source.spans)
+    samples = plan.samples(plan.steps - 1)
     return hashlib.sha256(samples.astype("<i8").tobytes()).hexdigest()
 
 

@@ -13,12 +13,13 @@ from typing import Any
 from ray.util.metrics import Counter, Gauge
 
 from unimoe_ray.config import Config
+from unimoe_ray.training.recovery import METRICS, Account
 from unimoe_ray.training.routing import idle_experts
-from unimoe_ray.training.watch import Watch
+from unimoe_ray.training.watch import Finding, Watch
 
 # Series of Prometheus that one run may have for its experts; a larger model has those of its layers only.
 MAX_SERIES = 4096
-METRICS, FINDINGS = "metrics.jsonl", "findings.jsonl"
+FINDINGS = "findings.jsonl"
 
 
 class RunRecord:
@@ -26,6 +27,7 @@ class RunRecord:
 
     def __init__(self, config: Config, run: str, done: int = 0):
         self._folder = config.run_dir
+        self._account = Account(self._folder, run, done)
         self._watch = Watch(config.training.watch, config.model.moe.slots, config.model.moe.top_k)
         self._exported = TrainingMetrics(run, config.model.moe.slots)
         self._idle: list[list[int]] = []
@@ -39,10 +41,14 @@ class RunRecord:
         if line["expert_load"] is not None:
             self._idle = idle_experts(line, self._idle)
             line = line | {"dead_experts": self._idle}
-        line = line | {"time": round(time.time(), 3)}
+        line = line | self._account.line(line["seconds"]) | {"time": round(time.time(), 3)}
         _append(self._folder / METRICS, line)
         self._exported.step(line)
-        for finding in self._watch.step(line):
+        findings = self._watch.step(line)
+        if skipped := line.get("skipped"):
+            text = f"the step was left out: {skipped}"
+            findings.append(Finding(line["run"], line["step"], "skipped", line["step"], text))
+        for finding in findings:
             _append(self._folder / FINDINGS, finding.line() | {"stage": line["stage"], "time": line["time"]})
             if not finding.over:
                 self._exported.finding(finding.signature)
@@ -63,6 +69,10 @@ class TrainingMetrics:
             "lr": "Highest learning rate of the last step.",
             "tokens_per_s": "Tokens of the last step by its time.",
             "step": "Steps done.",
+            "goodput": "Time in steps that count over the time since the run began.",
+            "restarts": "Starts of the run's workers after the first.",
+            "lost_steps": "Steps that were done again.",
+            "world": "Workers.",
         }
         self._gauges = {name: _gauge(name, text) for name, text in gauges.items()}
         layers = {
@@ -74,6 +84,8 @@ class TrainingMetrics:
         self._load = _gauge("expert_load", "Share of a layer's routed slots in the last step.", "layer", "expert")
         self._validation = _gauge("validation_loss", "Mean over answer tokens of the last validation.", "group")
         self._tokens = _counter("expert_tokens", "Routed slots by modality.", "kind", "layer", "expert")
+        self._recovery = _gauge("recovery_seconds", "From the last stop of workers to the next new step.", "cause")
+        self._pause = _gauge("checkpoint_pause_seconds", "That the steps waited for the last state to be copied.")
         self._findings = _counter("findings", "What the watch remarked on.", "signature")
 
     def step(self, line: dict[str, Any]) -> None:
@@ -82,6 +94,10 @@ class TrainingMetrics:
             gauge.set(line[name], self._tags())
         for group, loss in line.get("validation", {}).items():
             self._validation.set(loss, self._tags(group=group))
+        if written := line.get("checkpoint"):
+            self._pause.set(written["wait_s"] + written["copy_s"], self._tags())
+        if recovery := line.get("recovery"):
+            self._recovery.set(recovery["seconds"], self._tags(cause=recovery["cause"]))
         if line["expert_load"] is None:
             return
         for name, gauge in self._layers.items():

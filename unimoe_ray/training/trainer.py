@@ -9,20 +9,21 @@ from dataclasses import asdict
 from pathlib import Path
 
 import ray
-from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+import ray.train
 
 from unimoe_ray.checkpoint.states import check_latest, states_folder
 from unimoe_ray.config import Config
 from unimoe_ray.config.training import STAGES
 from unimoe_ray.data.samples import SampleTable, Source
 from unimoe_ray.errors import UnimoeError, UsageError, root_cause
-from unimoe_ray.parallel.cluster_topology import label_selectors
 from unimoe_ray.parallel.groups import expert_parallel_size
 from unimoe_ray.training.checkpoint import ModelInfo, checkpoint_dir, is_complete
-from unimoe_ray.training.job import Job, train_worker
+from unimoe_ray.training.fit import fit
+from unimoe_ray.training.job import Job
+from unimoe_ray.training.pool import Pool
 from unimoe_ray.training.recipe import decisive, recipe
 from unimoe_ray.training.record import drop_after
+from unimoe_ray.training.recovery import DRIVER, EVENTS, STOP, forget_events, last_step, read_lines, write_event
 from unimoe_ray.training.stages import parents
 
 # Tasks that a machine may lack the packages for; a mixture goes on without them.
@@ -73,57 +74,67 @@ def run_stage(
         return []
     metrics = config.run_dir / "metrics.jsonl"
     for job in jobs:
-        drop_after(config.run_dir, job.label, done[job.run])
-    each = max(1, workers // len(jobs))
+        _begin(config.run_dir, job.label, done[job.run])
     if stage == "tune" and config.model.moe.layers != "none":
-        expert_parallel_size(config.training.expert_parallel.ep_size, each, config.model.moe.num_experts)
-    # Cores are shared by the operating system; a GPU belongs to one run at a time.
-    turns = threading.Semaphore(max(1, workers // each) if use_gpu else len(jobs))
-    errors: dict[str, BaseException] = {}
-    threads = [
-        threading.Thread(target=_fit, args=(job, config, each, use_gpu, turns, errors), daemon=True) for job in jobs
-    ]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        follow(metrics, [job.label for job in jobs])
-        time.sleep(0.5)
-    follow(metrics, [job.label for job in jobs])
+        expert_parallel_size(config.training.expert_parallel.ep_size, workers, config.model.moe.num_experts)
+    errors = _fit_all(jobs, config, workers, use_gpu, lambda: follow(metrics, [job.label for job in jobs]))
     if errors:
         label, error = next(iter(errors.items()))
-        raise UnimoeError(f"stage {label} failed: {root_cause(error)}") from error
+        raise UnimoeError(f"stage {label} failed: {_reason(config.run_dir, label, error)}") from error
     return [job.label for job in jobs]
 
 
-def _fit(
-    job: Job,
-    config: Config,
-    workers: int,
-    use_gpu: bool,
-    turns: threading.Semaphore,
-    errors: dict[str, BaseException],
-) -> None:
-    resources = {"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1}
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=job,
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=use_gpu,
-            resources_per_worker=resources,
-            label_selector=label_selectors(workers, resources),
-        ),
-        run_config=RunConfig(
-            name=f"{job.label.replace('/', '-')}-{time.time_ns()}",
-            storage_path=str((config.run_dir / "ray_train").resolve()),
-        ),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+def _begin(folder: Path, label: str, done: int) -> None:
+    """What was written of the steps that come again goes; of a run that begins anew, all."""
+    reached = last_step(folder, label)
+    drop_after(folder, label, done)
+    if not done:
+        forget_events(folder, label)
+    write_event(folder, label, DRIVER, reached=reached if done else 0)
+
+
+def _fit_all(
+    jobs: list[Job], config: Config, workers: int, use_gpu: bool, follow: Callable[[], None]
+) -> dict[str, BaseException]:
+    """All at once, as far as there are workers; those of a finished run go to the others. The errors of those that
+    failed, by label."""
+    running = [job.label for job in jobs]
+    pool = Pool(
+        path=config.run_dir.resolve() / "ray_train" / "pool.json",
+        workers=workers,
+        least=config.training.elastic.min_workers,
+        need={"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1},
+        side_by_side=not use_gpu,
     )
-    try:
-        with turns:
-            trainer.fit()
-    except (ray.exceptions.RayError, ray.train.TrainingFailedError, RuntimeError, ValueError, OSError) as error:
-        errors[job.label] = error
+    pool.announce(running)
+    errors: dict[str, BaseException] = {}
+
+    def run(job: Job) -> None:
+        try:
+            fit(job, config, pool, use_gpu)
+        except (ray.exceptions.RayError, ray.train.TrainingFailedError, RuntimeError, ValueError, OSError) as error:
+            errors[job.label] = error
+
+    threads = {job.label: threading.Thread(target=run, args=(job,), daemon=True) for job in jobs}
+    for thread in threads.values():
+        thread.start()
+    while running:
+        follow()
+        time.sleep(0.5)
+        if done := [label for label in running if not threads[label].is_alive()]:
+            running = [label for label in running if label not in done]
+            pool.announce(running)
+    follow()
+    return errors
+
+
+def _reason(folder: Path, label: str, error: BaseException) -> str:
+    """In one line: what the controller saw of a failed worker, else what Ray says."""
+    stops = [event for event in read_lines(folder / EVENTS, label) if event["event"] == STOP]
+    if isinstance(error, ray.train.WorkerGroupError) and stops:
+        ours = [cause for cause in error.worker_failures.values() if isinstance(cause, UnimoeError)]
+        return str(ours[0]) if ours else stops[-1]["text"]
+    return root_cause(error)
 
 
 def _available(source: Source, tasks: dict[str, float], key: str) -> dict[str, float]:

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from unimoe_ray.data.batch import collate
+from unimoe_ray.data.layout import split_step
 from unimoe_ray.data.loader import read_features
-from unimoe_ray.data.plan import split_step
 from unimoe_ray.data.samples import SampleTable, Source
 from unimoe_ray.errors import UsageError
 from unimoe_ray.model.unimoe import to_batch

@@ -1,0 +1,71 @@
+"""The ablations of the mini suite: every arm of a grid over several seeds, and a verdict on each claim of the paper."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from unimoe_ray import cluster, config
+from unimoe_ray.errors import UnimoeError
+from unimoe_ray.experiments.arms import MINI_GROUPS
+from unimoe_ray.experiments.plan import Experiment, make_experiment, plan, table
+from unimoe_ray.experiments.results import collect, markdown
+from unimoe_ray.experiments.run import run_experiment
+from unimoe_ray.progress import TrainProgress
+
+
+def ablate(experiment: Experiment, split: str, slots: int, console: Console) -> None:
+    """Run what is not finished; ``results-SPLIT.json`` and ``.md`` of the folder have the tables."""
+    cpus = max(slots, len(experiment.base.stages.experts)) + cluster.DATA_CPUS
+    with cluster.connect(experiment.base, cpus), TrainProgress(console) as progress:
+        run_experiment(experiment, split, slots, progress)
+    found = collect(experiment, split)
+    (experiment.out / f"results-{split}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    text = markdown(found)
+    (experiment.out / f"results-{split}.md").write_text(text, encoding="utf-8")
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--config", default="mini", help="preset name or YAML file that the arms change (default: mini)"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="as many, from the configuration's on (default: 3)"
+    )
+    parser.add_argument("--arm", action="append", metavar="NAME", help="only this arm (repeatable)")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="folder of all runs and results")
+    parser.add_argument(
+        "--split", choices=["dev", "test"], default="dev", help="test: once, when nothing changes any more"
+    )
+    parser.add_argument("--slots", type=int, default=2, metavar="N", help="runs side by side, a core each (default: 2)")
+    parser.add_argument("--dry-run", action="store_true", help="print the runs and how long they will take, and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="configuration overrides")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    arguments = _parse()
+    try:
+        base = config.load(arguments.config, arguments.overrides)
+        seeds = range(base.seed, base.seed + arguments.seeds)
+        experiment = make_experiment(base, MINI_GROUPS, seeds, arguments.out, arguments.arm)
+        if arguments.dry_run:
+            print(table(plan(experiment, arguments.split), arguments.slots), end="")
+            return
+        ablate(experiment, arguments.split, arguments.slots, Console())
+    except UnimoeError as error:
+        print(f"unimoe: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("unimoe: stopped; the same command goes on from the last finished run", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""The grid of ablations, its plan, and how verdicts come about."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jobs import ablate
+from tests.tiny import make_tiny_run
+from unimoe_ray import config as configuration
+from unimoe_ray.config.training import STAGES
+from unimoe_ray.data import prepare
+from unimoe_ray.errors import UsageError
+from unimoe_ray.experiments.arms import MINI_GROUPS, arm_config, grid, only, rare, trunk_config
+from unimoe_ray.experiments.plan import evaluation_dir, make_experiment, measured_seconds, plan, table
+from unimoe_ray.experiments.results import (
+    Estimate,
+    Outcome,
+    claims,
+    collect,
+    estimate,
+    loss_variance,
+    markdown,
+    steps_to_90,
+    verdict,
+    worst_drop,
+)
+from unimoe_ray.experiments.run import fork
+from unimoe_ray.training.checkpoint import checkpoint_dir, is_complete
+from unimoe_ray.training.trainer import recipe
+
+MINI = configuration.load("mini")
+
+
+def test_every_arm_is_a_configuration_of_its_own():
+    made = {name: arm_config(MINI, arm, 1, "out") for name, arm in grid().items()}
+    tunes = {
+        json.dumps([c.stages.tune["tune"].model_dump(), c.model.moe.model_dump()], default=str) for c in made.values()
+    }
+    assert len(tunes) == len(made) == 20
+    for name, config in made.items():
+        run = config.stages.tune["tune"]
+        is_dense = config.model.moe.layers == "none"
+        assert is_dense == (name.startswith(("dense", "specialist")))
+        assert is_dense == ("router" not in run.train)
+        assert (config.seed, config.suite_seed, config.run_dir) == (1, 0, Path("out") / f"{name}-s1")
+        for stage in STAGES[:-1]:
+            assert getattr(config.stages, stage) == getattr(MINI.stages, stage)
+    assert made["experts-2"].model.moe.num_experts == 2 and made["experts-8"].model.moe.num_experts == 8
+    assert made["dense-long"].stages.tune["tune"].steps == 220 + 160 + 110 + 110
+    assert set(made["specialist-speech"].stages.tune["tune"].tasks) == {"spoken_word", "spoken_question"}
+    assert configuration.load("mini") == MINI
+
+
+def test_a_rare_modality_has_its_share_and_the_others_their_proportions():
+    before = MINI.stages.tune["tune"].tasks
+    tree = MINI.model_dump(mode="json")
+    rare(("spoken_word", "spoken_question"), 0.05)(tree)
+    after = tree["stages"]["tune"]["tune"]["tasks"]
+    assert (after["spoken_word"] + after["spoken_question"]) / sum(after.values()) == pytest.approx(0.05)
+    assert all(after[task] == before[task] for task in before if not task.startswith("spoken"))
+    only(("text",))(tree)
+    assert list(tree["stages"]["tune"]["tune"]["tasks"]) == ["text"]
+
+
+def test_claims_need_arms_that_exist():
+    arms = grid()
+    for claim in claims(MINI_GROUPS):
+        assert set(claim.arms) <= set(arms)
+
+
+def test_arms_take_over_the_stages_of_their_trunk(tmp_path):
+    """As far as recipes go: what the trunk trained counts as finished in every arm."""
+    run = make_tiny_run(tmp_path)
+    out = str(tmp_path / "out")
+    trunk = trunk_config(run.config, 0, out)
+    run.config.run_dir.rename(tmp_path / "moved")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "moved").rename(trunk.run_dir)
+    groups = {"image": ("see",), "speech": ("listen",)}
+    for arm in grid(groups).values():
+        config = arm_config(run.config, arm, 0, out)
+        fork(trunk, config)
+        fork(trunk, config)
+        source = prepare.source(config, "train")
+        for stage, name in (("base", "base"), ("align", "align")):
+            made = recipe(trunk, stage, name, run.info, prepare.source(trunk, "train"))
+            assert is_complete(checkpoint_dir(config.run_dir, stage, name), made)
+            assert recipe(config, stage, name, run.info, source) == made
+        weights = checkpoint_dir(config.run_dir, "experts", "image") / "model.safetensors"
+        assert weights.stat().st_ino == (checkpoint_dir(trunk.run_dir, "experts", "image") / weights.name).stat().st_ino
+
+
+def test_a_plan_counts_what_is_left(tmp_path):
+    experiment = make_experiment(MINI, MINI_GROUPS, [0, 1], tmp_path, ["dense", "experts"])
+    rows = plan(experiment, "dev")
+    assert [row.name for row in rows] == ["trunk-s0", "trunk-s1", "dense-s0", "experts-s0", "dense-s1", "experts-s1"]
+    assert rows[0].steps == 600 + 220 + 160 + 110 + 110 and rows[2].steps == 220
+    assert rows[2].seconds == 220 * 0.45 + 20
+    config = experiment.runs()["dense", 0]
+    folder = evaluation_dir(config, "dev")
+    folder.mkdir(parents=True)
+    (folder / "eval.json").write_text("{}")
+    times = [10.0, 11.0, 12.0, 14.0]
+    lines = [{"run": "tune", "stage": "tune", "step": i + 1, "loss": 1.0, "time": t} for i, t in enumerate(times)]
+    (config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert measured_seconds(experiment) == {"dense": 1.0}
+    rows = plan(experiment, "dev")
+    assert rows[2].seconds == 0 and rows[4].seconds == 220 * 1.0 + 20
+    assert "finished" in table(rows, 2).splitlines()[2]
+    left = sum(row.seconds for row in rows)
+    assert table(rows, 2).endswith(
+        f"6 runs, {left / 3600:.1f} core hours left, about {left / 120:.0f} min on 2 cores\n"
+    )
+    with pytest.raises(UsageError, match="--arm sparse: no such arm; allowed: dense, specialist-image"):
+        make_experiment(MINI, MINI_GROUPS, [0], tmp_path, ["sparse"])
+    with pytest.raises(UsageError, match="--seeds: allowed: from 1"):
+        make_experiment(MINI, MINI_GROUPS, [], tmp_path)
+
+
+def test_a_dry_run_of_the_job(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["ablate", "--dry-run", "--arm", "dense", "--seeds", "1", "stages.tune.tune.steps=7", "seed=4"]
+    )
+    ablate.main()
+    shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines()] == ["trunk-s4", "dense-s4", "2"]
+    assert " 7 steps" in shown
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(sys, "argv", ["ablate", "--seeds", "0"])
+    with pytest.raises(SystemExit) as stop:
+        ablate.main()
+    assert (stop.value.code, capsys.readouterr().err) == (2, "unimoe: --seeds: allowed: from 1\n")
+
+
+def test_intervals_over_seeds_are_students():
+    found = estimate([0.80, 0.84, 0.85])
+    margin = 4.303 * np.std([0.80, 0.84, 0.85], ddof=1) / math.sqrt(3)
+    assert found == Estimate(pytest.approx(0.83), pytest.approx(0.83 - margin), pytest.approx(0.83 + margin), 3)
+    assert estimate([0.5, math.nan]).seeds == 1 and math.isnan(estimate([0.5]).low)
+    assert estimate([]).seeds == 0
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ([0.03, 0.04, 0.05], "seen"),
+        ([-0.03, -0.04, -0.05], "not seen"),
+        ([-0.01, 0.04, 0.05], "undecided"),
+        ([0.5], "undecided"),
+    ],
+)
+def test_verdicts(differences, expected):
+    assert verdict(estimate(differences)) == expected
+
+
+def test_curves_by_hand():
+    falling = [4.0] * 1 + [1.0] * 200
+    # Smoothed: 1 + 3 * 0.9^(n-1) * 0.1 / (1 - 0.9^n); a tenth of the fall is left where that is below 1.3
+    smooth = [1 + 3 * 0.9 ** (n - 1) * 0.1 / (1 - 0.9**n) for n in range(1, 202)]
+    assert steps_to_90(falling) == next(n for n, value in enumerate(smooth, 1) if value <= 1.3 + 1e-6)
+    assert math.isnan(steps_to_90([1.0, 1.0, 2.0])) and math.isnan(steps_to_90([]))
+    assert loss_variance([float(x) for x in range(50, 0, -1)]) == pytest.approx(0)
+    bumps = [1.0, -1.0, -1.0, 1.0] * 25
+    assert loss_variance([9.0] * 400 + [2 + b for b in bumps]) == pytest.approx(1.0, rel=0.01)
+
+
+GROUPS = {"image": ("a", "b"), "speech": ("c",)}
+
+
+def outcome(**tasks) -> Outcome:
+    """Shares right of ten questions each."""
+    return Outcome({task: [True] * n + [False] * (10 - n) for task, n in tasks.items()}, [1.0] * 10)
+
+
+def test_drops_behind_specialists_by_hand():
+    seed = {
+        "specialist-image": outcome(a=9, b=7, c=0),
+        "specialist-speech": outcome(a=0, b=0, c=8),
+        "dense": outcome(a=8, b=6, c=5),
+    }
+    assert worst_drop(seed, "dense", GROUPS) == pytest.approx(0.3)
+    assert seed["dense"].accuracy() == pytest.approx((0.8 + 0.6 + 0.5) / 3)
+    assert seed["dense"].accuracy(("c",)) == 0.5
+
+
+def test_results_are_collected_from_the_files(tmp_path):
+    experiment = make_experiment(MINI, GROUPS, [0, 1, 2], tmp_path, ["dense", "experts-top1"])
+    right = {"dense": (6, 6, 5), "experts-top1": (8, 9, 7)}
+    for (arm, seed), config in experiment.runs().items():
+        if (arm, seed) == ("dense", 2):
+            continue
+        folder = evaluation_dir(config, "dev")
+        folder.mkdir(parents=True)
+        lines = [{"task": task, "correct": i < right[arm][seed]} for task in "abc" for i in range(10)]
+        (folder / "eval_samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = collect(experiment, "dev")
+    assert (found["finished"], found["planned"]) == (5, 6)
+    assert found["arms"]["experts-top1"]["accuracy"]["mean"] == pytest.approx(0.8)
+    assert found["arms"]["dense"]["accuracy"]["seeds"] == 2 and found["arms"]["dense"]["worst drop"]["seeds"] == 0
+    (mixture,) = found["claims"]  # the others' arms were not run
+    assert mixture["claim"] == "mixture" and mixture["mean"] == pytest.approx(0.25) and mixture["seeds"] == 2
+    assert mixture["verdict"] == "undecided"  # two seeds, 0.2 and 0.3
+    text = markdown(found)
+    assert "5 of 6 runs, split dev" in text and "| experts-top1 | 0.8 (" in text and "| undecided | 2 |" in text
