@@ -251,6 +251,76 @@ def test_an_encoder_comes_and_goes_without_a_failed_request(fragile):
     assert answer(fragile, [sound(wav(200), "speech"), text("and this?")])[0] == 200
 
 
+KILLS = 20
+
+
+def fresh(deployment: str, number: int) -> list[dict]:
+    """A question with a file that this deployment has not seen; text for those without files."""
+    if deployment == "image":
+        return [image(png(10_000 + number, 200)), text("what is this?")]
+    if deployment in ("speech", "audio"):
+        return [sound(wav(10_000 + number, 3.0), "sound" if deployment == "audio" else "speech"), text("what?")]
+    return [text(f"what is this? {number}")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("deployment", ["language", "image", "speech", "audio", "ingress"])
+def test_twenty_kills_under_load(fragile, deployment):
+    """Streams and whole answers all the time, with files that nobody has encoded; a replica is killed twenty times.
+
+    Every answer is right. Only the ingress's own death may end a stream early, with an error event, or send a client
+    away; what came until then is right.
+    """
+    streams = asked(fragile)
+    right = [listen(fragile, request) for request in streams]
+    stop, found, recoveries = threading.Event(), [], []
+
+    def load(number: int) -> None:
+        while not stop.is_set():
+            if number < len(streams):
+                found.append((listen(fragile, streams[number]), right[number]))
+            else:
+                content = fresh(deployment, number * 1000 + len(found))
+                found.append((answer(fragile, content), content))
+
+    with ThreadPoolExecutor(10) as pool:
+        jobs = [pool.submit(load, number) for number in range(10)]
+        try:
+            for number in range(KILLS):
+                wait_for(lambda: fragile.replicas(deployment) or not answer(fragile, fresh(deployment, -1)), 120)
+                count, killed = len(found), time.monotonic()
+                pid = kill(fragile, deployment)
+                while answer(fragile, fresh(deployment, 500_000 + number))[0] != 200:
+                    assert time.monotonic() - killed < 120
+                recoveries.append(time.monotonic() - killed)
+                wait_for(lambda pid=pid: replaced(fragile, deployment, pid), 120)
+                wait_for(lambda count=count: len(found) >= count + 10, 120)
+        finally:
+            stop.set()
+        for job in jobs:
+            job.result(timeout=150)
+    sent_away = ended = went_on = 0
+    for got, expected in found:
+        if isinstance(got, Told):
+            if got.error is None:
+                assert got.same() == expected.same()
+                went_on += got.pause > 2
+                continue
+            ended += 1
+            assert deployment == "ingress" and expected.text.startswith(got.text), got
+        elif got[0] == 200:
+            assert answer(fragile, expected) == got
+        else:
+            sent_away += 1
+            assert deployment == "ingress" and got[0] in STATED, got
+    recoveries.sort()
+    print(
+        f"{deployment}: {KILLS} kills, {len(found)} answers, {went_on} streams with a pause, {ended} ended early, "
+        f"{sent_away} sent away; seconds to an answer: median {recoveries[KILLS // 2]:.1f}, most {recoveries[-1]:.1f}"
+    )
+
+
 def test_nothing_is_left_running_and_nothing_was_printed(fragile):
     """After all that, the log holds the addresses and no traceback."""
     printed = "".join(fragile.log)

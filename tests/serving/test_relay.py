@@ -1,0 +1,171 @@
+"""The relay between handles that do as they are told: what it asks of the next replica when one dies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import pytest
+from ray.exceptions import WorkerCrashedError
+from ray.serve.exceptions import BackPressureError
+
+import serve.relay
+from serve.calls import Started, Task
+from serve.errors import ApiError
+from serve.metrics import IngressMetrics
+from serve.relay import MAX_TRIES, TRIAL_TOKENS, Relay
+from unimoe_ray.inference.request import Output, SamplingParams
+
+ANSWER = 100
+BUSY = BackPressureError(num_queued_requests=1, max_queued_requests=1)
+
+
+@dataclass
+class Language:
+    """Says "0 1 2 ..", from where the task says. fates: of each call in turn, the tokens after which its replica dies
+    or what it raises; after them, or where one is None, nothing happens."""
+
+    fates: list = field(default_factory=list)
+    tasks: list[Task] = field(default_factory=list)
+    cancelled: int = 0
+
+    def options(self, **options) -> Language:
+        return self
+
+    @property
+    def generate(self) -> Language:
+        return self
+
+    def remote(self, task: Task) -> Language.Call:
+        self.tasks.append(task)
+        fate = self.fates.pop(0) if self.fates else None
+        return Language.Call(self, self._say(task, fate))
+
+    async def _say(self, task: Task, fate) -> AsyncIterator[Started | Output]:
+        if isinstance(fate, Exception):
+            raise fate
+        yield Started(3, (), ())
+        begin = len(task.generated)
+        for n in range(begin, ANSWER):
+            await asyncio.sleep(0)
+            if fate is not None and n - begin == fate:
+                raise WorkerCrashedError
+            yield Output(task.request_id, f"{n} ", (n,), finish_reason="length" if n == ANSWER - 1 else None)
+        if fate == ANSWER:
+            raise WorkerCrashedError
+
+    @dataclass
+    class Call:
+        language: Language
+        items: AsyncIterator
+
+        def __aiter__(self) -> AsyncIterator:
+            return self.items
+
+        def cancel(self) -> None:
+            self.language.cancelled += 1
+
+
+def make_relay(language: Language) -> Relay:
+    return Relay({}, language, fingerprint="f", cache_bytes=0, retry_after_s=2, metrics=IngressMetrics())
+
+
+def make_task(question: str = "what?", **params) -> Task:
+    return Task(question, ((question, ""),), (), SamplingParams(**params))
+
+
+async def heard(relay: Relay, task: Task) -> list[Started | Output]:
+    return await rest_of(relay.run(task, []))
+
+
+async def rest_of(items: AsyncIterator) -> list:
+    return [item async for item in items]
+
+
+def is_whole(items: list) -> bool:
+    """One beginning, then every token once."""
+    tokens = [token for item in items[1:] for token in item.token_ids]
+    return items[0] == Started(3, (), ()) and tokens == list(range(ANSWER))
+
+
+def test_another_replica_goes_on_from_the_tokens_so_far():
+    language = Language([5, 20])
+    assert is_whole(asyncio.run(heard(make_relay(language), make_task(temperature=1.0))))
+    first, second, third = language.tasks
+    assert first.generated == () and second.generated == (0, 1, 2, 3, 4) and third.generated == tuple(range(25))
+    assert len({task.request_id for task in language.tasks}) == 3, "the lost replica may still have the first"
+    seeds = {task.params.seed for task in language.tasks}
+    assert len(seeds) == 1 and None not in seeds
+    assert language.cancelled == 2
+
+
+def test_a_seed_that_is_given_is_used():
+    language = Language()
+    asyncio.run(heard(make_relay(language), make_task(seed=-5)))
+    assert language.tasks[0].params.seed == -5 and not language.cancelled
+
+
+def test_a_replica_that_dies_after_the_last_token_is_not_missed():
+    language = Language([ANSWER])
+    assert is_whole(asyncio.run(heard(make_relay(language), make_task()))) and len(language.tasks) == 1
+
+
+def test_one_that_has_begun_waits_for_room_and_one_that_has_not_is_sent_away(monkeypatch):
+    monkeypatch.setattr(serve.relay, "BUSY_WAIT_S", 0.0)
+    begun = Language([5, *[BUSY] * (MAX_TRIES + 1)])
+    assert is_whole(asyncio.run(heard(make_relay(begun), make_task())))
+    with pytest.raises(ApiError, match="too many requests are waiting") as error:
+        asyncio.run(heard(make_relay(Language([BUSY])), make_task()))
+    assert error.value.status == 429
+
+
+def test_each_trial_that_is_stood_in_vain_makes_the_next_one_longer():
+    """The second replica dies right after the trial, so the request is not to blame."""
+    language = Language([1, TRIAL_TOKENS])
+    assert is_whole(asyncio.run(heard(make_relay(language), make_task())))
+    assert [task.trial for task in language.tasks] == [0, TRIAL_TOKENS, 4 * TRIAL_TOKENS]
+
+
+def test_who_crashes_a_replica_alone_is_refused():
+    language = Language([5, TRIAL_TOKENS - 1])
+    relay = make_relay(language)
+    with pytest.raises(ApiError, match="has crashed the model twice") as error:
+        asyncio.run(heard(relay, make_task()))
+    assert error.value.status == 400
+    with pytest.raises(ApiError, match="has crashed the model twice"):
+        asyncio.run(heard(relay, make_task()))
+    assert len(language.tasks) == 2
+
+
+def test_replicas_that_keep_ending_end_the_answer_with_an_error(monkeypatch):
+    monkeypatch.setattr(serve.relay, "TRIAL_TOKENS", 1)
+    fates = [1, 1, 4, 16, 64]  # Each right after the trial, so that the request is not to blame.
+    language = Language([*fates, 1])
+    tokens = []
+
+    async def listen() -> None:
+        async for item in make_relay(language).run(make_task(), []):
+            tokens.extend(item.token_ids if isinstance(item, Output) else ())
+
+    with pytest.raises(ApiError, match="replicas keep ending") as error:
+        asyncio.run(listen())
+    assert (error.value.status, error.value.code, len(language.tasks)) == (503, "replica_lost", MAX_TRIES)
+    assert tokens == list(range(sum(fates))), "what came before the end is right"
+
+
+def test_suspects_are_tried_one_after_the_other_and_then_run_together():
+    """A client that is slow to read does not hold up the others' trials."""
+    language = Language([3, 3, 3])
+
+    async def main() -> list[bool]:
+        relay = make_relay(language)
+        streams = [relay.run(make_task(f"question {n}"), []) for n in range(3)]
+        begun = [[await anext(items) for _ in range(4)] for items in streams]
+        begun[0].append(await anext(streams[0]))  # Its trial is over, and then nobody reads on for a while.
+        others = await asyncio.gather(*map(rest_of, streams[1:]))
+        rest = [await rest_of(streams[0]), *others]
+        return [is_whole(first + last) for first, last in zip(begun, rest, strict=True)]
+
+    assert asyncio.run(asyncio.wait_for(main(), 20)) == [True] * 3
+    assert [task.trial for task in language.tasks] == [0] * 3 + [TRIAL_TOKENS] * 3
