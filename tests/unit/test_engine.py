@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -18,12 +16,11 @@ from unimoe_ray.config.model import MODALITIES, PLACEHOLDER_IDS
 from unimoe_ray.config.serving import EngineConfig
 from unimoe_ray.data.store import StoredFeatures
 from unimoe_ray.data.tokenizer import train_tokenizer
-from unimoe_ray.inference.async_engine import AsyncEngine
 from unimoe_ray.inference.engine import Engine
 from unimoe_ray.inference.forward import Span, TorchDecoder
 from unimoe_ray.inference.kv_cache import Extent, KVArena
 from unimoe_ray.inference.native import NativeDecoder
-from unimoe_ray.inference.request import KINDS, Admitted, EngineBusy, GenerationRequest, RequestRefused, SamplingParams
+from unimoe_ray.inference.request import KINDS, GenerationRequest, RequestRefused, SamplingParams
 from unimoe_ray.inference.sampling import Row, sample, top_logprobs, uniform
 from unimoe_ray.inference.soft_tokens import soft_tokens
 from unimoe_ray.model.unimoe import Batch, UniMoE
@@ -204,74 +201,6 @@ def test_cancelling_frees_slot_and_cache_at_once():
     assert {output.request_id for output in outputs} == {"2"}
     assert tokens_of(outputs) == offline(MODEL, after)
     assert engine.stats()["cancelled"] == 2 and engine.stats()["finished"] == 1
-
-
-def test_a_suspect_runs_alone_until_it_has_stood_its_trial():
-    """The others pause meanwhile, and everybody's tokens are the usual ones."""
-    engine = Engine(MODEL, TOKENIZER, config())
-    rng = random.Random(5)
-    requests = [replace(make_request(i, rng), trial=5 * (i in (1, 2))) for i in range(4)]
-    for request in requests:
-        engine.add(engine.start(request))
-    steps, outputs = [], {request.id: [] for request in requests}
-    while engine.has_work:
-        before = {sequence.request.id: sequence.cached for sequence in engine.running}
-        for output in engine.step():
-            outputs[output.request_id].append(output)
-        moved = {s.request.id for s in engine.running if s.cached > before.get(s.request.id, 0)}
-        steps.append((moved, {name: len(tokens_of(made)) for name, made in outputs.items()}))
-    on_trial = [(moved, made) for moved, made in steps if any(name in moved and made[name] <= 5 for name in "12")]
-    assert len(on_trial) >= 10 and all(len(moved) == 1 for moved, _ in on_trial)
-    assert any(len(moved) == 4 for moved, _ in steps)
-    for request in requests:
-        assert tokens_of(outputs[request.id]) == offline(MODEL, request)
-
-
-def resumed(request: GenerationRequest, outputs: list, after: int) -> list:
-    """The first outputs of an answer, and those of another engine, busy with others, that goes on from there."""
-    rng = random.Random(after)
-    others = [make_request(100 + i, rng) for i in range(3)]
-    rest = replace(request, generated=tuple(tokens_of(outputs[:after])))
-    return outputs[:after] + run(Engine(MODEL, TOKENIZER, config()), [*others, rest], [0, 0, 4, 2])[request.id]
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        {},
-        {"temperature": 1.5, "seed": 7},
-        {"temperature": 1.5, "seed": 8, "frequency_penalty": 1.0, "presence_penalty": 0.5, "logprobs": 2},
-        {"max_new_tokens": None, "temperature": 2.0, "seed": 9},
-    ],
-)
-def test_an_answer_goes_on_in_another_engine(params):
-    """From any token on, with the same pieces of text (bytes that are no characters among them), log probabilities,
-    reason to end and expert counts."""
-    for number in range(3):
-        request = make_request(number, random.Random(number), **params)
-        whole = run(Engine(MODEL, TOKENIZER, config()), [request])[request.id]
-        for after in sorted({0, 1, len(whole) // 2, len(whole) - 1}):
-            outputs = resumed(request, whole, after)
-            assert [(o.text, o.token_ids, o.finish_reason) for o in outputs] == [
-                (o.text, o.token_ids, o.finish_reason) for o in whole
-            ]
-            np.testing.assert_array_equal(outputs[-1].expert_load, whole[-1].expert_load)
-            for output, expected in zip(outputs, whole, strict=True):
-                assert [t.token for t in output.logprobs] == [t.token for t in expected.logprobs]
-                values = [[t.logprob for t in o.logprobs] for o in (output, expected)]
-                np.testing.assert_allclose(*values, atol=1e-5)
-
-
-def test_an_answer_goes_on_in_the_middle_of_a_stop_string():
-    request = make_request(1, random.Random(1), max_new_tokens=40, temperature=1.0, seed=0)
-    text = "".join(output.text for output in run(Engine(MODEL, TOKENIZER, config()), [request])[request.id])
-    stop = next(text[i : i + 6] for i in range(8, len(text)) if "\ufffd" not in text[i : i + 6])
-    request = replace(request, params=replace(request.params, stop=(stop,)))
-    whole = run(Engine(MODEL, TOKENIZER, config()), [request])[request.id]
-    assert whole[-1].finish_reason == "stop" and len(whole) < 40
-    for after in range(len(whole)):
-        outputs = resumed(request, whole, after)
-        assert [(o.text, o.finish_reason) for o in outputs] == [(o.text, o.finish_reason) for o in whole]
 
 
 @pytest.mark.parametrize(
@@ -518,87 +447,3 @@ def test_soft_tokens_of_files_in_one_batch_are_those_of_each_alone():
         np.testing.assert_allclose(values, alone, atol=1e-6)
     videos = [stored("video", 2, [4, 4]) for _ in range(3)]
     assert [v.shape for v in soft_tokens(MODEL.connectors["video"], "video", videos)] == [(1, HIDDEN)] * 3
-
-
-# The engine in its thread
-
-
-def collect(request: GenerationRequest, engine: AsyncEngine):
-    async def consume() -> list:
-        return [item async for item in engine.generate(request)]
-
-    return consume()
-
-
-def test_many_callers_at_once():
-    async def main() -> None:
-        engine = AsyncEngine(Engine(MODEL, TOKENIZER, config()))
-        rng = random.Random(9)
-        requests = [make_request(i, rng) for i in range(12)]
-        answers = await asyncio.gather(*(collect(request, engine) for request in requests))
-        for request, (admitted, *outputs) in zip(requests, answers, strict=True):
-            spliced = sum(map(len, request.soft_tokens)) + sum(token >= 0 for token in request.ids)
-            assert admitted == Admitted(spliced, NEW)
-            assert tokens_of(outputs) == offline(MODEL, request)
-        engine.close()
-        with pytest.raises(RuntimeError, match="has stopped"):
-            engine.check()
-
-    asyncio.run(main())
-
-
-def test_a_caller_who_leaves_frees_the_slot():
-    async def main() -> None:
-        engine = AsyncEngine(Engine(MODEL, TOKENIZER, config(max_running=1)))
-        leaving = make_request(0, random.Random(0), max_new_tokens=60, temperature=1.0, seed=1)
-        items = engine.generate(leaving)
-        for _ in range(3):
-            await anext(items)
-        await items.aclose()
-        await asyncio.wait_for(collect(make_request(1, random.Random(1)), engine), 5)
-        stats = engine.stats()
-        assert (stats["cancelled"], stats["running"], stats["kv_tokens_used"]) == (1, 0, 0)
-        engine.close()
-
-    asyncio.run(main())
-
-
-def test_too_many_are_sent_away():
-    async def main() -> None:
-        engine = AsyncEngine(Engine(MODEL, TOKENIZER, config(max_running=1, max_waiting=1)))
-        rng = random.Random(0)
-        first, second = (engine.generate(make_request(i, rng, max_new_tokens=60)) for i in range(2))
-        await anext(first), await anext(second)
-        with pytest.raises(EngineBusy, match="try again later"):
-            await anext(engine.generate(make_request(2, rng)))
-        await first.aclose()
-        assert tokens_of([item async for item in second if not isinstance(item, Admitted)])
-        engine.close()
-
-    asyncio.run(main())
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_callers_hear_of_an_engine_that_broke(monkeypatch):
-    async def main() -> None:
-        inner = Engine(MODEL, TOKENIZER, config())
-        engine = AsyncEngine(inner)
-        items = engine.generate(make_request(0, random.Random(0), max_new_tokens=60))
-        await anext(items)
-
-        def broken() -> list:
-            raise MemoryError("no memory for the next step")
-
-        monkeypatch.setattr(inner, "step", broken)
-        outputs = [item async for item in items]
-        assert outputs[-1].finish_reason == "error" and "no memory" in outputs[-1].error
-        deadline = time.monotonic() + 5
-        while time.monotonic() < deadline:
-            try:
-                engine.check()
-            except RuntimeError:
-                return
-            await asyncio.sleep(0.01)
-        pytest.fail("the broken engine says that it runs")
-
-    asyncio.run(main())

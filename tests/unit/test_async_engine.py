@@ -1,0 +1,97 @@
+"""The engine in a thread of its own, with many callers."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+
+import pytest
+
+from tests.unit.test_engine import MODEL, NEW, TOKENIZER, config, make_request, offline, tokens_of
+from unimoe_ray.inference.async_engine import AsyncEngine
+from unimoe_ray.inference.engine import Engine
+from unimoe_ray.inference.request import Admitted, EngineBusy, GenerationRequest
+
+# The engine in its thread
+
+
+def collect(request: GenerationRequest, engine: AsyncEngine):
+    async def consume() -> list:
+        return [item async for item in engine.generate(request)]
+
+    return consume()
+
+
+def test_many_callers_at_once():
+    async def main() -> None:
+        engine = AsyncEngine(Engine(MODEL, TOKENIZER, config()))
+        rng = random.Random(9)
+        requests = [make_request(i, rng) for i in range(12)]
+        answers = await asyncio.gather(*(collect(request, engine) for request in requests))
+        for request, (admitted, *outputs) in zip(requests, answers, strict=True):
+            spliced = sum(map(len, request.soft_tokens)) + sum(token >= 0 for token in request.ids)
+            assert admitted == Admitted(spliced, NEW)
+            assert tokens_of(outputs) == offline(MODEL, request)
+        engine.close()
+        with pytest.raises(RuntimeError, match="has stopped"):
+            engine.check()
+
+    asyncio.run(main())
+
+
+def test_a_caller_who_leaves_frees_the_slot():
+    async def main() -> None:
+        engine = AsyncEngine(Engine(MODEL, TOKENIZER, config(max_running=1)))
+        leaving = make_request(0, random.Random(0), max_new_tokens=60, temperature=1.0, seed=1)
+        items = engine.generate(leaving)
+        for _ in range(3):
+            await anext(items)
+        await items.aclose()
+        await asyncio.wait_for(collect(make_request(1, random.Random(1)), engine), 5)
+        stats = engine.stats()
+        assert (stats["cancelled"], stats["running"], stats["kv_tokens_used"]) == (1, 0, 0)
+        engine.close()
+
+    asyncio.run(main())
+
+
+def test_too_many_are_sent_away():
+    async def main() -> None:
+        engine = AsyncEngine(Engine(MODEL, TOKENIZER, config(max_running=1, max_waiting=1)))
+        rng = random.Random(0)
+        first, second = (engine.generate(make_request(i, rng, max_new_tokens=60)) for i in range(2))
+        await anext(first), await anext(second)
+        with pytest.raises(EngineBusy, match="try again later"):
+            await anext(engine.generate(make_request(2, rng)))
+        await first.aclose()
+        assert tokens_of([item async for item in second if not isinstance(item, Admitted)])
+        engine.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_callers_hear_of_an_engine_that_broke(monkeypatch):
+    async def main() -> None:
+        inner = Engine(MODEL, TOKENIZER, config())
+        engine = AsyncEngine(inner)
+        items = engine.generate(make_request(0, random.Random(0), max_new_tokens=60))
+        await anext(items)
+
+        def broken() -> list:
+            raise MemoryError("no memory for the next step")
+
+        monkeypatch.setattr(inner, "step", broken)
+        outputs = [item async for item in items]
+        assert outputs[-1].finish_reason == "error" and "no memory" in outputs[-1].error
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            try:
+                engine.check()
+            except RuntimeError:
+                return
+            await asyncio.sleep(0.01)
+        pytest.fail("the broken engine says that it runs")
+
+    asyncio.run(main())
