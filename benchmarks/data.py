@@ -7,7 +7,7 @@
 1. JPEG 640x480 to CLIP's input (decoded, cropped and resized to 336, float32): CPU milliseconds of an image, by
    ``/proc`` over the processes that do it. "plain loop": ``decode_media`` and ``preprocess`` in one process. "our
    pipeline": the encoding pipeline as it is (one actor, claims, blocks written and synced), with a tower whose network
-   does nothing; counted from the first result to the last, so that starting Ray, the actor and its imports is not.
+   does nothing; counted in between, so that starting Ray, the actor and its imports is not.
    "with daemons": raylet, GCS and idle workers, too, whose time passes with the clock and not with the work. "arrays to
    the consumer": Ray Data tasks whose arrays the driver iterates over. torch's DataLoader and webdataset: one worker,
    the same functions, batches of 32 read by the consumer. Rounds are interleaved; figures are medians, a ratio is the
@@ -22,6 +22,7 @@ The share of padding in batches has a benchmark of its own: benchmarks/batches.p
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -127,26 +128,27 @@ def tree() -> list[psutil.Process]:
 
 
 class Meter:
-    """CPU time from the first to the last of what an iterator gives, per item, by process."""
+    """CPU time per item, by process, of a part of what an iterator gives: after its first pieces, and before its last,
+    so that workers are as far ahead of the consumer at both ends."""
 
     def __init__(self) -> None:
         self.names: dict[int, str] = {}
         self.used: dict[int, float] = {}
         self.items = 0
 
-    def watch(self, sizes: Iterator[int]) -> None:
-        next(sizes)
-        before = cpu_seconds(tree())
-        for size in sizes:
-            self.items += size
-        processes = tree()
-        after = cpu_seconds(processes)
-        self.used = {pid: seconds - before.get(pid, 0.0) for pid, seconds in after.items()}
-        for process in processes:
-            try:
-                self.names[process.pid] = " ".join(process.cmdline())[:80]
-            except psutil.NoSuchProcess:
-                continue
+    def watch(self, sizes: Iterator[int], pieces: int) -> None:
+        before: dict[int, float] = {}
+        for number, size in enumerate(sizes):
+            if 1 < number <= pieces - 4:
+                self.items += size
+            if number == 1:
+                before = cpu_seconds(tree())
+            elif number == pieces - 4:
+                processes = tree()
+                self.used = {pid: seconds - before.get(pid, 0.0) for pid, seconds in cpu_seconds(processes).items()}
+                for process in processes:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        self.names[process.pid] = " ".join(process.cmdline())[:80]
 
     def ms(self, which: Callable[[int, str], bool] = lambda pid, name: True) -> float:
         """Milliseconds for an item, of the processes of a number and name."""
@@ -171,7 +173,7 @@ def our_pipeline(paths: list[str], scratch: Path) -> dict[str, float]:
         count = write_todo(catalog, ["image"], settings, scratch / "todo")
     job = (settings, str(scratch / "todo"), "benchmark", {"image": time.time()})
     meter = Meter()
-    meter.watch(len(result) for result in run_actors(EncodeBlock, job, settings, count, workers=1))
+    meter.watch((len(result) for result in run_actors(EncodeBlock, job, settings, count, 1)), count)
     at_work = lambda pid, name: pid == os.getpid() or "MapWorker" in name  # noqa: E731
     return {OURS: meter.ms(at_work), DAEMONS: meter.ms()}
 
@@ -191,7 +193,8 @@ def ray_arrays(paths: list[str]) -> dict[str, float]:
     blocks = [pa.table({"path": paths[i : i + BATCH]}) for i in range(0, len(paths), BATCH)]
     dataset = ray.data.from_arrow(blocks).map_batches(work, batch_size=None, concurrency=1)
     meter = Meter()
-    meter.watch(len(batch["input"]) for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"))
+    batches = dataset.iter_batches(batch_size=None, batch_format="numpy")
+    meter.watch((len(batch["input"]) for batch in batches), len(blocks))
     return {ARRAYS: meter.ms(lambda pid, name: pid == os.getpid() or name.startswith("ray::"))}
 
 
@@ -207,12 +210,12 @@ class Files(torch.utils.data.Dataset):
 
 
 def torch_loader(paths: list[str]) -> dict[str, float]:
-    return {LOADER: _torch(torch.utils.data.DataLoader(Files(paths), batch_size=BATCH, num_workers=1))}
+    return {LOADER: _torch(torch.utils.data.DataLoader(Files(paths), batch_size=BATCH, num_workers=1), len(paths))}
 
 
-def _torch(loader: torch.utils.data.DataLoader) -> float:
+def _torch(loader: torch.utils.data.DataLoader, images: int) -> float:
     meter, before = Meter(), {process.pid for process in psutil.Process().children(recursive=True)}
-    meter.watch(len(batch) for batch in loader)
+    meter.watch((len(batch) for batch in loader), -(-images // BATCH))
     return meter.ms(lambda pid, name: pid not in before)
 
 
@@ -233,7 +236,7 @@ def web_dataset(paths: list[str], shard: Path) -> dict[str, float]:
         return torch.from_numpy(tower.preprocess(decode_media(media, FRAMES, DATA)))
 
     dataset = webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False).map(work).batched(BATCH)
-    return {WEBDATASET: _torch(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1))}
+    return {WEBDATASET: _torch(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1), len(paths))}
 
 
 def start_ray() -> None:
@@ -383,7 +386,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.prepare:
         return prepare_tiny(int(arguments.prepare[0]), Path(arguments.prepare[1]))
-    images, rounds, tiny, files = (96, 1, 300, 32) if arguments.small else (640, arguments.rounds, 3000, 256)
+    images, rounds, tiny, files = (256, 1, 300, 32) if arguments.small else (640, arguments.rounds, 3000, 256)
     lines: list[str] = []
 
     def say(line: str = "") -> None:
