@@ -50,7 +50,7 @@ def test_any_mix_of_media_lengths_and_padding(rows, pad_left, seed):
             expected_labels += [IGNORE_INDEX] * sum(lengths)
         samples.append(PreparedSample(str(number), "t", "g", ids, labels, names, counts))
         wanted.append(torch.cat([torch.zeros(0, WIDTH), *expected]))
-        wanted_labels.append(expected_labels)
+        wanted_labels.append([IGNORE_INDEX, *expected_labels[1:]] if expected_labels else [])
 
     batch = to_batch(collate(samples, store.__getitem__, pad_left=pad_left))
     found = splice(table[batch.input_ids.clamp(min=0)], batch.input_ids, batch.features)

@@ -98,7 +98,7 @@ def test_the_same_files_make_the_same_archive(project, tmp_path):
 @pytest.mark.parametrize(
     ("job", "line"),
     [
-        ("jobs/tun.py", "jobs/tun.py: no such job; did you mean jobs/tune.py? (jobs: jobs/align.py, "),
+        ("jobs/tun.py", "jobs/tun.py: no such job; did you mean jobs/tune.py? (jobs: jobs/ablate.py, "),
         ("tol.py", "tol.py: no such job; did you mean tool.py?"),
         ("zzz", "zzz: no such job; did you mean jobs/"),
         ("../other.py", "../other.py: outside of the current folder, of which the job gets a copy"),

@@ -59,6 +59,8 @@ def collate(
     for number, row in enumerate(expanded):
         start = width - sum(len(ids) for ids, _ in row) if pad_left else 0
         for ids, labels in row:
+            if not ids:
+                continue
             where = slice(start, start + len(ids))
             arrays["input_ids"][number, where] = ids
             arrays["labels"][number, where] = labels
