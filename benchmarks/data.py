@@ -235,7 +235,11 @@ def web_dataset(paths: list[str], shard: Path) -> dict[str, float]:
         media = Media("image", (MediaBytes(sample["jpg"], sample["__key__"]),))
         return torch.from_numpy(tower.preprocess(decode_media(media, FRAMES, DATA)))
 
-    dataset = webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False).map(work).batched(BATCH)
+    dataset = (
+        webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False)
+        .map(work)
+        .batched(BATCH, collation_fn=torch.stack)
+    )
     return {WEBDATASET: _torch(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1), len(paths))}
 
 

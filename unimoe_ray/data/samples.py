@@ -16,8 +16,8 @@ from unimoe_ray.data.columns import Column, Rows
 if TYPE_CHECKING:
     from unimoe_ray.data.stream import Stream
 
-# What a batch of the file holds at most: a hundred megabytes or two while it is made.
-BATCH_ROWS, BATCH_TOKENS = 65_536, 2**22
+# What a batch of the file holds at most: some tens of megabytes while it is made.
+BATCH_ROWS, BATCH_TOKENS = 8_192, 2**20
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
