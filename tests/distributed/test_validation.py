@@ -21,6 +21,7 @@ from unimoe_ray.data.samples import SampleTable
 from unimoe_ray.errors import UsageError
 from unimoe_ray.model.unimoe import to_batch
 from unimoe_ray.training.engine import initialize
+from unimoe_ray.training.guard import Guard
 from unimoe_ray.training.loop import train_step
 from unimoe_ray.training.stages import make_trainable, start_model
 from unimoe_ray.training.validation import plan_validation, validate
@@ -53,11 +54,11 @@ def _train(run: TinyRun, rank: int, world: int, every: int) -> list[dict]:
     plan = planned_micro_batches(source, order, Layout(rank, world, MAX_TOKENS), range(STEPS))
     validation = _plan(run, rank, world)
     first = validate(engine, validation, torch.device("cpu")) if every else None
-    lines = []
+    guard, lines = Guard(config.training.elastic, {}, []), []
     for number, micros in enumerate(plan):
         arrays = [collate([table.get(int(r)) for r in m], lambda n: read_features(source, n)) for m in micros]
         step = Step(number, arrays, sum(map(len, micros)))
-        metrics, _ = train_step(engine, step, settings, config, torch.device("cpu"))
+        metrics, _, _ = train_step(engine, step, settings, config, torch.device("cpu"), guard)
         lines.append({"step": number + 1} | metrics)
         if every and (number + 1) % every == 0:
             lines[-1]["validation"] = validate(engine, validation, torch.device("cpu"))

@@ -70,7 +70,7 @@ def test_media_keep_their_places():
             assistant("yes"),
             user([sound(tune, "sound"), input_audio(voice, "speech"), sound(voice, None), text("what?")]),
         )
-        task, files, _ = site.runner.tasks[0]
+        task, files = site.runner.tasks[0]
     assert turns == (
         ("look\n<image>\nand < image> is text\n<video>", "yes"),
         ("<audio>\n<speech>\n<speech>\nwhat?", ""),
@@ -164,7 +164,7 @@ def test_sampling_parameters_reach_the_model():
             n=1,
         )
         site.chat(stop="a", max_tokens=3)
-        first, second = (task.params for task, _, _ in site.runner.tasks)
+        first, second = (task.params for task, _ in site.runner.tasks)
     assert (first.max_new_tokens, first.temperature, first.top_p, first.top_k, first.seed) == (9, 0.5, 0.9, 3, -5)
     assert (first.stop, first.frequency_penalty, first.presence_penalty) == (("a", "b"), -1, 2)
     assert (second.stop, second.max_new_tokens, second.temperature, second.seed) == (("a",), 3, 1.0, None)
@@ -175,7 +175,7 @@ def test_null_is_as_good_as_nothing(site):
     optional = {name: None for name, field in ChatRequest.model_fields.items() if not field.is_required()}
     site.post(body_of() | optional)
     site.post({name: value for name, value in body_of().items() if name not in optional})
-    first, second = (task.params for task, _, _ in site.runner.tasks[-2:])
+    first, second = (task.params for task, _ in site.runner.tasks[-2:])
     assert first == second and first.temperature == 1.0
 
 
