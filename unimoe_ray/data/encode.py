@@ -19,7 +19,7 @@ import ray
 from ray.data import ActorPoolStrategy
 
 from unimoe_ray.config.data import DataConfig
-from unimoe_ray.data.catalog import NOT_HELD_OUT, UNMARKED, Catalog
+from unimoe_ray.data.catalog import NOT_HELD_OUT, UNMARKED, Catalog, of_kind
 from unimoe_ray.data.claims import LEASE_S, claim, claimed, locked
 from unimoe_ray.data.features import TOWER_OF, decode_media, encode_windows
 from unimoe_ray.data.gather import Progress
@@ -213,7 +213,7 @@ def encode_missing(
     job, known, encoded, waiting = uuid4().hex, set(), 0, False
     while True:
         since = _note_stored(catalog, folders, soft_tokens, known)
-        if not (total := catalog.count("media", UNMARKED)):
+        if not (total := sum(catalog.count("media", f"{UNMARKED} AND {of_kind(kind)}") for kind in folders)):
             return encoded
         if _left_to_others(catalog, folders):
             if not waiting:
