@@ -16,7 +16,6 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from tests.unit.test_cli import prints
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.mini.assets import fetch
 
@@ -65,6 +64,13 @@ def _unimoe(*arguments: str, cwd: Path, seconds: float = 200) -> subprocess.Comp
         finally:
             process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def _told(cwd: Path, *arguments: str) -> str:
+    """By ``unimoe jobs``, in a process of its own: one that was a client of a cluster is none of the next."""
+    done = _unimoe("jobs", *arguments, cwd=cwd)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
 
 
 @pytest.mark.timeout(700)
@@ -120,7 +126,7 @@ def test_a_job_that_fails_ends_as_it_does(dashboard, tmp_path):
     assert done.stderr.splitlines()[-1].split(" after ")[0].endswith("failed with exit code 2")
 
 
-def test_ctrl_c_leaves_a_job_that_others_can_follow_and_stop(dashboard, tmp_path, capfd, monkeypatch):
+def test_ctrl_c_leaves_a_job_that_others_can_follow_and_stop(dashboard, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", dashboard)
     (tmp_path / "wait.py").write_text("import time\nprint('it has begun', flush=True)\ntime.sleep(300)\n")
     with _start("submit", "wait.py", cwd=tmp_path) as process:
@@ -137,9 +143,9 @@ def test_ctrl_c_leaves_a_job_that_others_can_follow_and_stop(dashboard, tmp_path
         f"unimoe: {job} goes on; follow it with: unimoe jobs logs -f {job}",
         f"unimoe: stop it with: unimoe jobs stop {job}",
     ]
-    assert prints(capfd, "jobs", "status", job).startswith(f"{job} is running, for ")
-    assert "it has begun" in prints(capfd, "jobs", "logs", job)
-    assert prints(capfd, "jobs", "stop", job) == f"{job} was stopped\n"
-    assert prints(capfd, "jobs", "stop", job) == f"{job} was stopped before\n"
-    listed = prints(capfd, "jobs", "list").splitlines()
+    assert _told(tmp_path, "status", job).startswith(f"{job} is running, for ")
+    assert "it has begun" in _told(tmp_path, "logs", job)
+    assert _told(tmp_path, "stop", job) == f"{job} was stopped\n"
+    assert _told(tmp_path, "stop", job) == f"{job} was stopped before\n"
+    listed = _told(tmp_path, "list").splitlines()
     assert next(line.split()[:3] for line in listed if job in line) == [job, "was", "stopped"]
