@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from rich.console import Console
 
+from jobs.arguments import told_in_a_line
 from unimoe_ray import cluster, config
-from unimoe_ray.errors import UnimoeError
 from unimoe_ray.experiments.arms import MINI_GROUPS
 from unimoe_ray.experiments.plan import Experiment, make_experiment, plan, table
 from unimoe_ray.experiments.results import collect, markdown
@@ -51,7 +50,7 @@ def _parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = _parse()
-    try:
+    with told_in_a_line():
         base = config.load(arguments.config, arguments.overrides)
         seeds = range(base.seed, base.seed + arguments.seeds)
         experiment = make_experiment(base, MINI_GROUPS, seeds, arguments.out, arguments.arm)
@@ -59,12 +58,6 @@ def main() -> None:
             print(table(plan(experiment, arguments.split), arguments.slots), end="")
             return
         ablate(experiment, arguments.split, arguments.slots, Console())
-    except UnimoeError as error:
-        print(f"unimoe: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("unimoe: stopped; the same command goes on from the last finished run", file=sys.stderr)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

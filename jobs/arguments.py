@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from unimoe_ray import config, pipeline
 from unimoe_ray.config import Config
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.progress import TrainProgress
+
+
+@contextmanager
+def told_in_a_line() -> Iterator[None]:
+    """Mistakes and interrupts of a job: one line, and exit code 1 or 2."""
+    try:
+        yield
+    except UnimoeError as error:
+        print(f"unimoe: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("unimoe: stopped; the same command goes on where it was", file=sys.stderr)
+        sys.exit(1)
 
 
 def run_job(description: str, work: Callable[[Config, TrainProgress], None]) -> None:
@@ -19,16 +33,10 @@ def run_job(description: str, work: Callable[[Config, TrainProgress], None]) -> 
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="configuration overrides")
     arguments = parser.parse_intermixed_args()
-    try:
+    with told_in_a_line():
         settings = config.load(arguments.config, arguments.overrides)
         if arguments.dry_run:
             print(config.dump(settings), end="")
             return
         with pipeline.session(settings) as progress:
             work(settings, progress)
-    except UnimoeError as error:
-        print(f"unimoe: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("unimoe: stopped; the same command goes on from the last finished run", file=sys.stderr)
-        sys.exit(1)
