@@ -135,6 +135,8 @@ def states_table(name: str, found: Sequence[Listed]) -> Table:
         made = one.state.manifest
         facts = f"{made.step} of {made.steps}", _time(made), size(made.bytes), str(made.world)
         table.add_row(escape(one.name), *facts, ", ".join(one.why) or "nothing: goes with the next")
+    if not found:
+        table.caption = "none: finished runs leave models, and none is unfinished here"
     return table
 
 
