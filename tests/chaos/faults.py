@@ -217,6 +217,8 @@ def _happen(fault: Fault, engine, folder: Path) -> None:
         _until((folder / f"go-{fault.step}").exists)
     if fault.kind == "wait":
         _until(lambda: any(interrupt.requested()))
+    if fault.kind in ("fail", "kill"):
+        interrupt.finish_writing(WAIT_S)  # else it would be chance which state the run goes on from
     if fault.kind == "fail":
         raise ValueError(f"injected into step {fault.step}")
     if fault.kind == "kill":

@@ -11,6 +11,7 @@ from tests.chaos.runs import Undisturbed
 from tests.tiny import TinyRun
 from unimoe_ray import cluster
 from unimoe_ray.errors import UnimoeError
+from unimoe_ray.training.pool import DATA_CPUS
 
 
 def disturbed(run: TinyRun, folder: Path, *what: faults.Fault, **given) -> list[dict]:
@@ -28,10 +29,11 @@ def checked(run: TinyRun, undisturbed: Undisturbed) -> list[dict]:
 @pytest.mark.timeout(600)
 def test_a_killed_worker_and_one_that_is_taken_away(tmp_path):
     run = runs.make_run(tmp_path)
-    with cluster.connect(run.config):
+    with cluster.connect(run.config, 2 + DATA_CPUS):  # no room but what the failed workers give back
         undisturbed = Undisturbed.of(run)
         disturbed(run, tmp_path / "faults", faults.kill_at(1, 7), faults.terminate_at(0, 10))
     lines = runs.same(run, undisturbed)
+    assert {line["world"] for line in lines} == {2}
     lost, taken = runs.recoveries(run)
     assert (lost["cause"], lost["lost_steps"]) == ("lost", 2)  # step 4 had the last state
     assert (taken["cause"], taken["lost_steps"]) in (("preemption", 0),)

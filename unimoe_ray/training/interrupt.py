@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Sequence
 
@@ -58,6 +59,14 @@ def on_terminate() -> None:
     """From now on SIGTERM asks this process to save and stop, as a machine does that is about to be taken away. Called
     on the main thread."""
     signal.signal(signal.SIGTERM, lambda *_: request("preemption"))
+
+
+def finish_writing(seconds: float) -> None:
+    """Wait for the state that this process is writing (``checkpoint.saver``), but no longer than this."""
+    deadline = time.monotonic() + seconds
+    for thread in threading.enumerate():
+        if thread.name.startswith("state-"):
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def training_stack() -> str | None:

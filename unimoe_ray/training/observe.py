@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from unimoe_ray.training.recovery import START, STOP, last_line, last_step, writ
 # What a worker says when another one is gone or does not answer.
 COLLATERAL = re.compile(r"closed by peer|reset by peer|refused|broken pipe|timed? ?out|gloo/transport|nccl", re.I)
 ANSWER_S = 2.0
+# Ray Train kills a worker that takes longer than 5 s to stop.
+WRITE_S = 3.0
 
 
 class StandstillError(Exception):
@@ -27,14 +29,21 @@ class StandstillError(Exception):
 
 
 class SaveOnTerminate(WorkerCallback):
-    """SIGTERM asks a worker to save."""
+    """SIGTERM asks a worker to save, and a worker that is stopped has a moment for the state that it is writing."""
 
     def after_init_train_context(self) -> None:
         interrupt.on_terminate()
 
+    def before_worker_shutdown(self) -> None:
+        interrupt.finish_writing(WRITE_S)
+
 
 class Observer(WorkerGroupCallback):
     """Writes the events of one run, and passes on to all workers that a node is about to be taken away.
+
+    Workers of which one has failed are stopped at once, and their placement group is removed. Ray Train itself does so
+    only when the next ones are to start: until then the group would hold what these are to get, and where a node of it
+    was lost, Ray's head node would look for another without a pause, with no time left for anything else.
 
     hang_timeout: that of collectives; a run that makes no step for twice as long, with or without them, stands still
     """
@@ -42,6 +51,7 @@ class Observer(WorkerGroupCallback):
     def __init__(self, folder: Path, run: str, hang_timeout: float):
         self._folder, self._run, self._patience = folder, run, 2 * hang_timeout
         self._workers: list[Worker] = []
+        self._stop: Callable[[], None] = lambda: None
         self._told = self._asked = False
         self._came_at = self._looked = 0.0
         self._step = 0
@@ -52,7 +62,7 @@ class Observer(WorkerGroupCallback):
         write_event(self._folder, self._run, START, workers=worker_group_context.num_workers)
 
     def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
-        self._workers = worker_group.get_workers()
+        self._workers, self._stop = worker_group.get_workers(), worker_group.get_worker_group_state().shutdown
         self._came_at = self._looked = time.monotonic()
 
     def after_worker_group_poll_status(self, worker_group_status: WorkerGroupPollStatus) -> None:
@@ -63,6 +73,7 @@ class Observer(WorkerGroupCallback):
         if worker_group_status.errors and not self._told:
             self._told = True
             self._tell(worker_group_status)
+            self._stop()
         if not worker_group_status.errors and time.monotonic() - self._looked > self._patience / 20:
             self._look()
 
@@ -76,6 +87,7 @@ class Observer(WorkerGroupCallback):
             what = self._silent(range(len(self._workers)))
             what = what or {"cause": "hang", "text": f"no new step; {self._at()}"}
             write_event(self._folder, self._run, STOP, **what)
+            self._stop()
             raise StandstillError(what["text"])
 
     def _tell(self, status: WorkerGroupPollStatus) -> None:
