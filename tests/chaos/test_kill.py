@@ -54,6 +54,7 @@ def test_killed_driver_goes_on_from_finished_runs(tmp_path):
     cluster = psutil.Process(driver.pid).children(recursive=True)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
+    psutil.wait_procs(cluster, timeout=60)  # workers that Ray ends save first
     assert len(_steps(metrics, "experts/speech")) < STEPS
     committed, killed_at = latest(run.config, "experts", "speech"), time.time()
     times = [path.stat().st_mtime_ns for path in finished]
