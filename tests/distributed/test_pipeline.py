@@ -51,7 +51,8 @@ def dashboard():
 
 def _start(*arguments: str, cwd: Path) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
-    command = [sys.executable, "-m", "unimoe_ray.cli", *arguments]
+    # Tests that were started in the background have Ctrl-C ignored, and what they start would ignore it too.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "unimoe_ray.cli", *arguments]
     return subprocess.Popen(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
