@@ -59,7 +59,7 @@ def deploy(settings: Config) -> None:
 
 def main(run: Path, port: int) -> None:
     settings = config.load_run(run)
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=400 * 2**20)
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=400 * 2**20)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
     deploy(settings)
