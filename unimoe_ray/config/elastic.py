@@ -15,6 +15,12 @@ class ElasticConfig(Strict):
     min_workers: int = Field(1, ge=1, description="with room for fewer, a run waits")
     grow_after: float = Field(60.0, ge=0, description="seconds that there is room for more workers until they are used")
     start_timeout: float = Field(60.0, gt=0, description="seconds for placing workers, until it is tried with others")
+    standby_every: float | None = Field(
+        30.0,
+        gt=0,
+        description="seconds between looks whether there is a process for each worker that waits, with all "
+        "imported, to go on in its place; null: there is none",
+    )
     hang_timeout: float = Field(
         600.0, gt=0, description="seconds that workers wait for one of them, or for data, until they are started anew"
     )

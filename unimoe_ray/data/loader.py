@@ -101,21 +101,34 @@ class RankDataset:
 
 
 def rank_dataset(
-    source: Source, order: Order, layout: Layout, steps_per_block: int, first_step: int = 0
+    source: Source,
+    order: Order,
+    layout: Layout,
+    steps_per_block: int,
+    first_step: int = 0,
+    runtime_env: dict[str, Any] | None = None,
 ) -> RankDataset:
     """One rank's micro-batches from ``first_step`` on: numbers of steps in, planned where they are collated,
-    safetensors bytes out, order preserved."""
+    safetensors bytes out, order preserved. runtime_env: of the processes that collate."""
     total, size = total_steps(source, order), SEGMENT * steps_per_block
     segments = [range(start, min(start + size, total)) for start in range(first_step, total, size)]
-    return RankDataset(segments, partial(_dataset, source, order, layout, steps_per_block))
+    return RankDataset(segments, partial(_dataset, source, order, layout, steps_per_block, runtime_env))
 
 
-def _dataset(source: Source, order: Order, layout: Layout, steps_per_block: int, steps: range) -> Dataset:
+def _dataset(
+    source: Source,
+    order: Order,
+    layout: Layout,
+    steps_per_block: int,
+    runtime_env: dict[str, Any] | None,
+    steps: range,
+) -> Dataset:
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    blocks = [steps[first : first + steps_per_block] for first in range(0, len(steps), steps_per_block)]
-    numbers = ray.data.from_arrow([pa.table({"step": np.array(block)}) for block in blocks])
+    # Made in this process, while from_arrow asks for tasks, whose processes would be waited for at every start.
+    blocks = -(-len(steps) // steps_per_block)
+    numbers = ray.data.from_items([{"step": step} for step in steps], override_num_blocks=blocks)
     return numbers.map_batches(
         **({"fn": collate_planned} if source.stream is None else stream_actors(source.stream)),
         fn_kwargs={"source": source, "order": order, "layout": layout},
@@ -123,6 +136,7 @@ def _dataset(source: Source, order: Order, layout: Layout, steps_per_block: int,
         batch_size=None,
         zero_copy_batch=True,
         num_cpus=0.5,
+        runtime_env=runtime_env,
     )
 
 

@@ -81,7 +81,9 @@ def training(config: Config, sizes: Sizes, run: str, ranks: int, on_gpu: bool) -
             tokens * language.vocab_size * (width + 8) / GIB,
         ),
     )
-    return Need(f"a training rank, {run}", *_sides(device, read, on_gpu))
+    device, host = _sides(device, read, on_gpu)
+    standby = Term("standby", "a process that waits, its imports", PROCESS_GIB)
+    return Need(f"a training rank, {run}", device, (*host, standby) if training.elastic.standby_every else host)
 
 
 def expert_ranks(config: Config, ranks: int) -> int:

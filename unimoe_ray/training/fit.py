@@ -11,6 +11,7 @@ from ray.train import FailureConfig, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from unimoe_ray.config import Config
+from unimoe_ray.training import standby
 from unimoe_ray.training.elastic import Perseverance, PoolPolicy, PoolScaling
 from unimoe_ray.training.job import Job, train_worker
 from unimoe_ray.training.observe import Observer, SaveOnTerminate
@@ -56,6 +57,7 @@ def fit(job: Job, config: Config, pool: Pool, use_gpu: bool) -> None:
             name=f"{label.replace('/', '-')}-{time.time_ns()}",
             storage_path=str(folder / "ray_train"),
             failure_config=FailureConfig(),
+            worker_runtime_env=standby.ENVIRONMENT,
             callbacks=[Observer(folder, label, elastic.hang_timeout), SaveOnTerminate()],
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=max(1, round(elastic.hang_timeout))),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unimoe_ray.data.samples import Source
-from unimoe_ray.training import recovery
+from unimoe_ray.training import recovery, standby
 
 
 @dataclass(frozen=True)
@@ -37,4 +37,5 @@ def train_worker(job: Job) -> None:
     from unimoe_ray.training.loop import train
 
     recovery.mark("imported")
-    train(job)
+    with standby.kept(job.config["training"]["elastic"]["standby_every"]):
+        train(job)

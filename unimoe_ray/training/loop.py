@@ -30,7 +30,7 @@ from unimoe_ray.errors import UnimoeError
 from unimoe_ray.model.language import mixtures
 from unimoe_ray.model.routing import RoutingSums
 from unimoe_ray.model.unimoe import to_batch
-from unimoe_ray.training import interrupt, recovery
+from unimoe_ray.training import interrupt, recovery, standby
 from unimoe_ray.training.allocator import keep_freed_memory
 from unimoe_ray.training.checkpoint import ModelInfo, save_model
 from unimoe_ray.training.engine import (
@@ -79,7 +79,8 @@ def train(job: Job) -> None:
     run = run.model_copy(update={"steps": total_steps(job.source, order), "epochs": None})
     saver = Saver(states, config.checkpoint, label=job.label, steps=run.steps, decides=job.decides, start=state)
     layout = Layout(rank, world, config.training.max_tokens_per_micro_batch, config.training.packed_row_tokens or 0)
-    dataset = rank_dataset(job.source, order, layout, config.data.steps_per_block, first_step=done)
+    blocks = config.data.steps_per_block
+    dataset = rank_dataset(job.source, order, layout, blocks, first_step=done, runtime_env=standby.OTHERS)
     steps = iterate_steps(dataset, config.data.prefetch)
     validation = _plan_validation(config, job, rank, world)
     guard = Guard.of_run(config, job.label, done)

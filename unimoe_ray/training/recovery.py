@@ -22,7 +22,7 @@ _marks: dict[str, float] = {}
 
 
 def mark(name: str) -> None:
-    """This process has come to ``name``, one of ``entered``, ``imported``, ``restored``."""
+    """This process has come to ``name``, one of ``waiting``, ``entered``, ``imported``, ``restored``."""
     _marks[name] = time.time()
 
 
@@ -91,8 +91,8 @@ class Account:
     restarts, lost_steps   since the run began: starts of workers after the first, and steps that were done again
     recovery     in the first line after a restart: its ``cause``, ``lost_steps``, ``seconds`` from the stop to the end
                  of this step, and of these ``scheduling_s`` until workers were asked for, ``process_s`` until they
-                 ran, ``import_s``, ``restore_s`` and ``first_step_s``. It is an event too: where a run goes back once
-                 more, the line goes.
+                 ran, ``import_s``, ``restore_s`` and ``first_step_s``, and whether rank 0 had waited in ``standby``. It
+                 is an event too: where a run goes back once more, the line goes.
     """
 
     def __init__(self, folder: Path, run: str, done: int):
@@ -137,6 +137,7 @@ class Account:
             "lost_steps": self._lost,
             "seconds": round(now - stop, 3),
             **{name: round(b - a, 3) for name, a, b in zip(names, times, times[1:], strict=False)},
+            "standby": _marks.get("waiting", now) < self._start,
         }
 
 
