@@ -61,9 +61,9 @@ def dispatch(tokens: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Ten
 
 
 def combine(outputs: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Outputs of sorted slots [T*K, H] back to their tokens, weighted by weights [T, K]: [T, H].
+    """Outputs of sorted slots [T*K, H] back to their tokens, weighted by weights [T, K], best first: [T, H].
 
-    Differentiable once.
+    Differentiable once. Equal outputs with ``mixing_weights`` give the same again, bit for bit, for K up to 2.
     """
     weights = weights.to(outputs.dtype)
     if not torch.is_grad_enabled():
@@ -72,9 +72,12 @@ def combine(outputs: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -
 
 
 def _sum_slots(rows: torch.Tensor, order: torch.Tensor, top_k: int, weights: torch.Tensor | None) -> torch.Tensor:
-    """Rows of sorted slots, weighted, summed over the K of each token, in one pass."""
+    """Rows of sorted slots, weighted, summed over the K of each token, in one pass, the least weight first: what is
+    rounded before the last, fused, addition is then below half a unit in the last place."""
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     starts = torch.arange(0, len(order), top_k, device=order.device)
+    if weights is not None and top_k > 1:
+        inverse, weights = inverse.view(-1, top_k).flip(-1).view(-1), weights.flip(-1)
     weights = None if weights is None else weights.reshape(-1)
     return torch.embedding_bag(rows, inverse, starts, mode=0, per_sample_weights=weights)[0]
 

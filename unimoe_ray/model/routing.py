@@ -18,8 +18,7 @@ from torch.nn import functional as F
 class Routing:
     """The choices of T tokens.
 
-    experts [T, K] int64, best first; weights [T, K]: softmax over the chosen logits; logits [T, E]: of the router, in
-    fp32 or finer
+    experts [T, K] int64, best first; weights [T, K]: ``mixing_weights``; logits [T, E]: of the router, in fp32 or finer
     """
 
     experts: torch.Tensor
@@ -33,7 +32,17 @@ def route(tokens: torch.Tensor, gate: torch.Tensor, top_k: int) -> Routing:
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         logits = F.linear(tokens.to(dtype), gate.to(dtype))
     top_logits, experts = logits.topk(top_k, dim=-1)
-    return Routing(experts, top_logits.softmax(dim=-1), logits)
+    return Routing(experts, mixing_weights(top_logits), logits)
+
+
+def mixing_weights(top_logits: torch.Tensor) -> torch.Tensor:
+    """Softmax of the chosen logits [T, K], best first. Two weights add up to 1 exactly, not to rounding: experts that
+    agree, as those of a freshly upcycled model do, are then mixed to what they say, bit for bit (``moe.combine``)."""
+    if top_logits.shape[-1] != 2:
+        return top_logits.softmax(dim=-1)
+    best, second = top_logits.unbind(-1)
+    first = 1 - torch.sigmoid(second - best)  # at least a half: the difference to 1 has no rounding
+    return torch.stack((first, 1 - first), dim=-1)
 
 
 @dataclass
