@@ -72,12 +72,16 @@ def combine(outputs: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -
 
 
 def _sum_slots(rows: torch.Tensor, order: torch.Tensor, top_k: int, weights: torch.Tensor | None) -> torch.Tensor:
-    """Rows of sorted slots, weighted, summed over the K of each token, in one pass, the least weight first: what is
-    rounded before the last, fused, addition is then below half a unit in the last place."""
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    starts = torch.arange(0, len(order), top_k, device=order.device)
-    if weights is not None and top_k > 1:
-        inverse, weights = inverse.view(-1, top_k).flip(-1).view(-1), weights.flip(-1)
+    """Rows of sorted slots, weighted, summed over the K of each token, in one pass.
+
+    Of two the lesser weight goes first: its product is rounded by at most a quarter of the sum's last unit, which the
+    second, fused, addition then rounds away where both rows are equal.
+    """
+    ranks = torch.arange(len(order), device=order.device)
+    if weights is not None and top_k == 2:
+        order, weights = order ^ 1, weights.flip(-1)
+    inverse = torch.empty_like(order).scatter_(0, order, ranks)
+    starts = ranks[::top_k].contiguous()
     weights = None if weights is None else weights.reshape(-1)
     return torch.embedding_bag(rows, inverse, starts, mode=0, per_sample_weights=weights)[0]
 

@@ -40,9 +40,8 @@ def mixing_weights(top_logits: torch.Tensor) -> torch.Tensor:
     agree, as those of a freshly upcycled model do, are then mixed to what they say, bit for bit (``moe.combine``)."""
     if top_logits.shape[-1] != 2:
         return top_logits.softmax(dim=-1)
-    best, second = top_logits.unbind(-1)
-    first = 1 - torch.sigmoid(second - best)  # at least a half: the difference to 1 has no rounding
-    return torch.stack((first, 1 - first), dim=-1)
+    first = 1 - top_logits.softmax(dim=-1)[..., 1:]  # at least a half: its difference to 1 has no rounding
+    return torch.cat((first, 1 - first), dim=-1)
 
 
 @dataclass
