@@ -19,7 +19,7 @@ WARM := torch, torch.distributed, transformers, peft, ray.train.torch, ray.data,
 
 help:
 	@echo "make demo   train, evaluate and report the mini model: runs/mini"
-	echo "make ablate  every arm of the ablations over 3 seeds (ARGS=--dry-run shows the plan): runs/ablate"
+	echo "make ablate  every arm of the ablations over 3 seeds (ARGS=--dry-run: the plan, ARGS=--report: what is there so far): runs/ablate"
 	echo "make test   the quick tests (make slow: the slow ones, resumable)"
 	echo "make lint   ruff check and format check"
 	echo "make bench  the benchmarks, at small sizes where they have them"

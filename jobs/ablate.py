@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -12,21 +11,31 @@ from jobs.arguments import told_in_a_line
 from unimoe_ray import cluster, config
 from unimoe_ray.experiments.arms import MINI_GROUPS
 from unimoe_ray.experiments.plan import Experiment, make_experiment, plan, table
-from unimoe_ray.experiments.results import collect, markdown
+from unimoe_ray.experiments.results import collect, markdown, to_json
 from unimoe_ray.experiments.run import run_experiment
 from unimoe_ray.progress import TrainProgress
+from unimoe_ray.report.ablation import write_ablation_page
 
 
 def ablate(experiment: Experiment, split: str, slots: int, console: Console) -> None:
-    """Run what is not finished; ``results-SPLIT.json`` and ``.md`` of the folder have the tables."""
+    """Run what is not finished, then ``report``."""
     cpus = max(slots, len(experiment.base.stages.experts)) + cluster.DATA_CPUS
     with cluster.connect(experiment.base, cpus), TrainProgress(console) as progress:
         run_experiment(experiment, split, slots, progress)
+    report(experiment, split, console)
+
+
+def report(experiment: Experiment, split: str, console: Console) -> None:
+    """Of what is finished: ``results-SPLIT.json``, ``.md`` and ``.html`` in the folder of the runs."""
     found = collect(experiment, split)
-    (experiment.out / f"results-{split}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    experiment.out.mkdir(parents=True, exist_ok=True)
     text = markdown(found)
-    (experiment.out / f"results-{split}.md").write_text(text, encoding="utf-8")
+    page = experiment.out / f"results-{split}.html"
+    page.with_suffix(".json").write_text(to_json(found), encoding="utf-8")
+    page.with_suffix(".md").write_text(text, encoding="utf-8")
+    write_ablation_page(page, experiment.base.name, found)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _parse() -> argparse.Namespace:
@@ -44,6 +53,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--slots", type=int, default=2, metavar="N", help="runs side by side, a core each (default: 2)")
     parser.add_argument("--dry-run", action="store_true", help="print the runs and how long they will take, and stop")
+    parser.add_argument("--report", action="store_true", help="train nothing, write the report of what is finished")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="configuration overrides")
     return parser.parse_intermixed_args()
 
@@ -56,6 +66,9 @@ def main() -> None:
         experiment = make_experiment(base, MINI_GROUPS, seeds, arguments.out, arguments.arm)
         if arguments.dry_run:
             print(table(plan(experiment, arguments.split), arguments.slots), end="")
+            return
+        if arguments.report:
+            report(experiment, arguments.split, Console())
             return
         ablate(experiment, arguments.split, arguments.slots, Console())
 
