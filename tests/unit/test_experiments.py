@@ -16,14 +16,17 @@ from tests.unit.test_report import _Page
 from unimoe_ray import config as configuration
 from unimoe_ray.config.training import STAGES
 from unimoe_ray.data import prepare
-from unimoe_ray.errors import UsageError
+from unimoe_ray.errors import UnimoeError, UsageError
 from unimoe_ray.experiments.arms import FAMILIES, MINI_GROUPS, arm_config, grid, only, rare, trunk_config
+from unimoe_ray.experiments.cache import cached, finished, outcome_recipe, pack, unpack
 from unimoe_ray.experiments.claims import claims
 from unimoe_ray.experiments.figures import Estimate, estimate, loss_variance, steps_to_90, verdict, worst_drop
 from unimoe_ray.experiments.outcomes import Outcome, read_outcome
 from unimoe_ray.experiments.plan import evaluation_dir, make_experiment, measured_seconds, plan, table
-from unimoe_ray.experiments.results import collect, markdown
+from unimoe_ray.experiments.readme import updated
+from unimoe_ray.experiments.results import collect, markdown, to_json
 from unimoe_ray.experiments.run import fork
+from unimoe_ray.mini.source import suite_dir
 from unimoe_ray.training.checkpoint import checkpoint_dir, is_complete, save_model
 from unimoe_ray.training.trainer import recipe
 
@@ -201,6 +204,7 @@ def finish(config, right: dict[str, int], losses: list[float] = ()) -> None:
     """The files of a finished run: so many right of ten questions of each task."""
     folder = evaluation_dir(config, "dev")
     folder.mkdir(parents=True)
+    (config.run_dir / "config.yaml").write_text(configuration.dump(config))
     lines = [{"task": task, "correct": i < n} for task, n in right.items() for i in range(10)]
     (folder / "eval_samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     steps = [
@@ -217,7 +221,7 @@ def test_results_are_collected_from_the_files(tmp_path):
         if (arm, seed) == ("dense", 2):
             continue
         finish(config, dict.fromkeys("abc", right[arm][seed]))
-    found = collect(experiment, "dev")
+    found = collect(experiment, "dev", finished(experiment, "dev", None))
     assert (found["finished"], found["planned"]) == (5, 6)
     assert found["arms"]["experts-top1"]["figures"]["accuracy"]["mean"] == pytest.approx(0.8)
     dense = found["arms"]["dense"]["figures"]
@@ -273,3 +277,86 @@ def test_the_size_of_a_model_is_that_of_its_folder(tmp_path):
     assert outcome.parameters == sum(p.numel() for p in model.language.parameters())
     per_expert = 3 * 16 * 24
     assert outcome.parameters - outcome.active == 2 * 2 * per_expert  # two layers, two of four experts idle
+
+
+def test_outcomes_are_taken_from_the_cache_where_the_recipe_fits(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / "results"
+    words = ["ablate", "--seeds", "1", "--arm", "dense", "--arm", "experts", "--results", str(results), "--out"]
+    experiment = make_experiment(MINI, MINI_GROUPS, [0], tmp_path / "runs", ["dense", "experts"])
+    finish(experiment.runs()["dense", 0], {"text": 7, "fashion": 4}, [2.0, 1.23456, 0.5])
+    monkeypatch.setattr(sys, "argv", [*words, "runs", "--report"])
+    ablate.main()
+    finish(experiment.runs()["experts", 0], {"text": 8, "fashion": 4}, [2.0, 1.0, 0.5])
+    ablate.main()
+    first = (results / "ablate.json").read_text()
+    # All of it is known: without --report, too, nothing is trained, and elsewhere the figures are the same.
+    monkeypatch.setattr(sys, "argv", [*words, "elsewhere"])
+    ablate.main()
+    assert (results / "ablate.json").read_text() == first == (tmp_path / "elsewhere" / "results-dev.json").read_text()
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [*words, "elsewhere", "--dry-run"])
+    ablate.main()
+    assert capsys.readouterr().out.count("finished") == 3
+    monkeypatch.setattr(sys, "argv", [*words, "elsewhere", "--dry-run", "stages.experts.audio.steps=111"])
+    ablate.main()
+    assert capsys.readouterr().out.count("finished") == 0
+
+    monkeypatch.setattr(sys, "argv", [*words, "runs", "--report", "stages.experts.audio.steps=111"])
+    ablate.main()
+    assert "0 of 2 runs" in capsys.readouterr().out  # what is in the folder was trained otherwise
+
+    cache = results / "ablate-runs.jsonl"
+    assert cached(experiment, "test", cache) == {}
+    assert cached(experiment, "dev", cache) == finished(experiment, "dev", None)
+    (tmp_path / "data" / "mini-full-0").mkdir(parents=True)
+    (tmp_path / "data" / "mini-full-0" / "suite.json").write_text('{"hash": "another"}')
+    assert suite_dir(MINI).resolve() == tmp_path / "data" / "mini-full-0"
+    assert cached(experiment, "dev", cache) == {}
+    cache.write_text(cache.read_text() + '{"arm": "dense"}\n')
+    with pytest.raises(UnimoeError, match="ablate-runs.jsonl, line 3: is damaged; take it out"):
+        cached(experiment, "dev", cache)
+
+
+def test_a_recipe_changes_with_what_is_learned_and_asked_only():
+    arm = grid()["dense"]
+    same = arm_config(MINI, arm, 0, "out")
+    assert (
+        outcome_recipe(same, "dev")
+        == outcome_recipe(arm_config(MINI, arm, 0, "elsewhere"), "dev")
+        != outcome_recipe(same, "test")
+    )
+    others = [arm_config(MINI, arm, 1, "out"), arm_config(MINI, grid()["experts"], 0, "out")]
+    for override in ("stages.base.base.steps=7", "evaluation.limit=5", "training.optimizer.clip=3"):
+        others.append(arm_config(configuration.load("mini", [override]), arm, 0, "out"))
+    assert len({outcome_recipe(config, "dev") for config in [same, *others]}) == 6
+
+
+@pytest.mark.parametrize("right", [[], [False], [True, False, False, True, True], [False] * 9 + [True]])
+def test_packed_answers(right):
+    assert unpack(pack(right)) == right
+
+
+def test_readme_has_the_figures_of_its_source():
+    root = Path(ablate.__file__).parents[1]
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert updated(text, root) == text, "run make readme"
+
+
+def test_blocks_of_a_readme_are_made_of_their_source(tmp_path):
+    experiment = make_experiment(MINI, GROUPS, [0, 1], tmp_path, ["dense", "experts", "experts-top1"])
+    runs = {("dense", 0): outcome(a=5), ("dense", 1): outcome(a=5), ("experts-top1", 0): outcome(a=9)}
+    (tmp_path / "r.json").write_text(to_json(collect(experiment, "test", runs)))
+    text = "before\n<!-- ablation: r.json -->\nold 1.23\n<!-- /ablation -->\nafter\n"
+    new = updated(text, tmp_path)
+    assert new.startswith(
+        "before\n<!-- ablation: r.json -->\n3 of 6 planned runs (2 seeds), 10 questions of the held-out"
+    )
+    assert new.endswith("<!-- /ablation -->\nafter\n") and "old" not in new
+    assert "| one dense model, mixed data | 50.0 (50.0 – 50.0) | – | – | – | 2 |" in new
+    assert "equal active FLOPs | undecided | +40.0 points | 1 | +2.8 |" in new
+    assert "| top-2 beats top-1 | not judged | – | 0 | – |" in new
+    assert updated(new, tmp_path) == new
+    (tmp_path / "r.json").unlink()
+    with pytest.raises(UnimoeError, match="r.json"):
+        updated(new, tmp_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +20,11 @@ DIGITS = 4  # of a loss
 @dataclass(frozen=True)
 class Outcome:
     """One finished run. correct: by task, of each question in the split's order; losses: of stage 3, by step; seconds:
-    of its steps; parameters, active: of the language model, all and those that one token passes (0: not known)."""
+    of its steps; parameters, active: of the language model, all and those that one token passes. 0: not known."""
 
     correct: Mapping[str, Sequence[bool]]
     losses: Sequence[float]
-    seconds: float = math.nan
+    seconds: float = 0.0
     parameters: int = 0
     active: int = 0
 
@@ -49,7 +48,7 @@ def read_outcome(config: Config, split: str) -> Outcome | None:
         correct.setdefault(sample["task"], []).append(sample["correct"])
     steps = [line for line in metrics(config) if line["stage"] == "tune"]
     losses = [float(f"{line['loss']:.{DIGITS}g}") for line in steps]
-    seconds = round(sum(line["seconds"] for line in steps), 1) if steps else math.nan
+    seconds = round(sum(line["seconds"] for line in steps), 1)
     return Outcome(correct, losses, seconds, *_sizes(config))
 
 

@@ -20,19 +20,18 @@ import numpy as np
 from unimoe_ray.experiments.arms import FAMILIES, Groups
 from unimoe_ray.experiments.claims import claims
 from unimoe_ray.experiments.figures import bias, estimate, loss_variance, smoothed, steps_to_90, verdict, worst_drop
-from unimoe_ray.experiments.outcomes import Seed, read_outcome
+from unimoe_ray.experiments.outcomes import Outcome, Seed
 from unimoe_ray.experiments.plan import Experiment
 
 CURVE_POINTS = 60
 SHOWN = ("accuracy", "worst drop", "steps to 90 %", "loss variance")
 
 
-def collect(experiment: Experiment, split: str) -> dict[str, Any]:
+def collect(experiment: Experiment, split: str, finished: Mapping[tuple[str, int], Outcome]) -> dict[str, Any]:
     """Figures of each arm and verdicts, as JSON; of what is finished, and says how much that is."""
-    seeds: dict[int, dict[str, Seed]] = {seed: {} for seed in experiment.seeds}
-    for (arm, seed), config in experiment.runs().items():
-        if outcome := read_outcome(config, split):
-            seeds[seed][arm] = outcome
+    seeds: dict[int, dict[str, Outcome]] = {seed: {} for seed in experiment.seeds}
+    for (arm, seed), outcome in finished.items():
+        seeds[seed][arm] = outcome
     arms = {
         arm.name: {
             "about": arm.about,
@@ -137,12 +136,12 @@ def _curve(arm: str, seeds: list[Seed]) -> list[list[float]]:
 def _cost(arm: str, seeds: list[Seed]) -> dict[str, float]:
     """Parameters of the language model, those that one token passes, and seconds of stage 3 (median over seeds)."""
     runs = [seed[arm] for seed in seeds if arm in seed]
-    seconds = [run.seconds for run in runs if math.isfinite(run.seconds)]
+    seconds = [run.seconds for run in runs if run.seconds]
     return {
         "parameters": max((run.parameters for run in runs), default=0),
         "active": max((run.active for run in runs), default=0),
         "steps": max((len(run.losses) for run in runs), default=0),
-        "seconds": statistics.median(seconds) if seconds else math.nan,
+        "seconds": statistics.median(seconds) if seconds else 0.0,
     }
 
 

@@ -257,8 +257,8 @@ def _costs(found: Found) -> Child:
             short(cost["active"]) if cost["active"] else "–",
             short(2 * cost["active"]) if cost["active"] else "–",
             f"{cost['steps']:,}",
-            duration(seconds) if _known(seconds) else "–",
-            f"{seconds / cost['steps']:.2f} s" if _known(seconds) and cost["steps"] else "–",
+            duration(seconds) if seconds else "–",
+            f"{seconds / cost['steps']:.2f} s" if seconds else "–",
         )
         rows.append(tag("tr", tag("th", name, scope="row"), [tag("td", cell, class_="num") for cell in cells]))
     lead = (
@@ -287,6 +287,8 @@ def _limits(found: Found) -> Child:
         "more of each. No benchmark of the paper, no free text, no long speech.",
         "Encoders: small frozen ones, not CLIP, Whisper-small and BEATs; videos keep their frames, where the paper "
         "averages them.",
+        "Honest yes and no: most yes/no questions about pictures name what is not there; always assuming so "
+        "scores high.",
         "Settings: learning rates and steps were chosen for the default (4 experts, top-2, all layers), not for "
         "each arm. "
         "Another arm might do better with its own.",
