@@ -261,6 +261,9 @@ def test_the_report_of_partial_results_is_one_page_without_a_network(tmp_path, c
     low, high = (100 * value for value in (estimate([0.5, 0.6]).low, estimate([0.5, 0.6]).high))
     assert f"dense one dense model, mixed data 55.0 ({low:.1f} – {high:.1f})" in text
     assert "80 questions of the development split" in text
+    charts = re.findall(r'<figure class="arms">.*?</figure>', page, flags=re.S)
+    assert [chart.count('class="mean"') for chart in charts] == [1, 3]  # judged claims, arms
+    assert [chart.count('class="seed"') for chart in charts] == [0, 5] and charts[0].count('class="other"') == 1
     assert "dense – – – 3 1.5 s 0.50 s" in text  # no model was saved: its size is not known
     found = json.loads((tmp_path / "results-dev.json").read_text())
     assert found["arms"]["experts-2"]["figures"]["accuracy"]["low"] is None

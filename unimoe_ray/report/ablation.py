@@ -13,13 +13,12 @@ import numpy as np
 
 from unimoe_ray import __version__
 from unimoe_ray.report.html import Child, Html, missing, tag
+from unimoe_ray.report.intervals import Row, intervals_chart
 from unimoe_ray.report.lines import Series, lines_chart
-from unimoe_ray.report.plots import linear_ticks
 from unimoe_ray.report.words import count, date, duration, short
 
 PAPER = "Uni-MoE (arXiv 2405.11273)"
 Found = Mapping[str, Any]
-ROW, TOP, LEFT, WIDTH, RIGHT, BOTTOM = 24, 8, 168, 760, 14, 26
 SPECIALIST = "specialist-"  # such arms know one modality alone: a mean over all tasks says nothing of them
 COLOURS = ("c-accent", "c-speech", "c-audio", "c-answer")
 CHANCE = 0.05  # of an interval that misses the truth
@@ -128,6 +127,7 @@ def _claims(found: Found) -> Child:
     return [
         tag("p", lead, class_="lead"),
         _table(("claim", "verdict", "difference", "seeds", "the paper's own difference"), rows, numbers=(2, 3)),
+        _differences(found),
         tag(
             "p",
             f"Of {count(len(found['claims']), 'interval')} at 95 %, {wrong:.1f} miss the truth by chance alone; "
@@ -137,6 +137,29 @@ def _claims(found: Found) -> Child:
             class_="legend",
         ),
     ]
+
+
+def _differences(found: Found) -> Child:
+    rows = []
+    for claim in found["claims"]:
+        if claim["unit"] == "points":
+            title = f"{claim['text']}: {amount(claim, 100, signed=True)} points"
+            rows.append(Row(claim["claim"], title, *_ends(claim, 100), (), claim["paper"]["difference"]))
+    if not rows:
+        return None
+    # A few wide intervals of few seeds would leave no room for the others: they are cut off.
+    reach = 1.3 * max(2.0, *(abs(value) for row in rows for value in (row.mean, row.other or 0.0)))
+    legend = (
+        "In points, as in the table: the bar is the mean, the line its interval (cut off at the edges), the diamond "
+        "the paper's own difference. Right of 0, a claim holds."
+    )
+    chart = intervals_chart("Differences by claim", rows, (-reach, reach), "", left=150, zero=True)
+    return [chart, tag("p", legend, class_="legend")]
+
+
+def _ends(found: Found, scale: float) -> tuple[float, float, float]:
+    """Mean, low and high; nan for those that are not known."""
+    return tuple(scale * found[key] if _known(found[key]) else np.nan for key in ("mean", "low", "high"))
 
 
 def _paper(paper: Mapping[str, Any]) -> str:
@@ -149,36 +172,18 @@ def _accuracies(found: Found) -> Child:
     arms = [(n, arm) for n, arm in found["arms"].items() if arm["by seed"] and not n.startswith(SPECIALIST)]
     if not arms:
         return missing("No run has finished yet.")
-    values = [value for _, arm in arms for value in arm["by seed"].values()]
-    bounds = [arm["figures"]["accuracy"][end] for _, arm in arms for end in ("low", "high")]
-    known = [*values, *(max(0.0, min(1.0, bound)) for bound in bounds if _known(bound))]
-    low, high = max(0.0, min(known) - 0.01), min(1.0, max(known) + 0.01)
-    height = TOP + ROW * len(arms) + BOTTOM
-
-    def x(value: float) -> float:
-        share = (min(max(value, low), high) - low) / (high - low)
-        return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
-
-    parts: list[Html] = []
-    for value in linear_ticks(100 * low, 100 * high, 8):
-        at = x(value / 100)
-        parts.append(tag("line", x1=at, x2=at, y1=TOP, y2=height - BOTTOM, class_="grid"))
-        parts.append(tag("text", f"{value:g} %", x=at, y=height - 8, text_anchor="middle"))
-    for row, (name, arm) in enumerate(arms):
-        y, accuracy = TOP + ROW * (row + 0.5), arm["figures"]["accuracy"]
-        shown = [tag("title", f"{name}, {arm['about']}: {amount(accuracy, 100)} %")]
-        shown.append(tag("text", name, x=LEFT - 10, y=y + 4, text_anchor="end", class_="name"))
-        if _known(accuracy["low"]):
-            shown.append(tag("line", x1=x(accuracy["low"]), x2=x(accuracy["high"]), y1=y, y2=y, class_="reach"))
-        dots = arm["by seed"].values()
-        shown += [tag("circle", cx=x(value), cy=y, r=3, class_="seed") for value in dots]
-        at = x(accuracy["mean"])
-        shown.append(tag("line", x1=at, x2=at, y1=y - 7, y2=y + 7, class_="mean"))
-        parts.append(tag("g", shown))
-    drawn = tag("svg", parts, viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label="Accuracy by arm")
+    rows = []
+    for name, arm in arms:
+        mean, low, high = _ends(arm["figures"]["accuracy"], 100)
+        title = f"{name}, {arm['about']}: {amount(arm['figures']['accuracy'], 100)} %"
+        rows.append(Row(name, title, mean, low, high, [100 * value for value in arm["by seed"].values()]))
+    dots = [value for row in rows for value in row.dots]
+    ends = [end for row in rows for end in (row.low, row.high) if np.isfinite(end)]
+    low, high = min(dots + ends), max(dots + ends)
+    chart = intervals_chart("Accuracy by arm", rows, (max(0.0, low - 1), min(100.0, high + 1)), " %", left=168)
     legend = "Each dot is a seed, the bar their mean, the line its 95 % interval over seeds. Specialists are left out: "
     legend += "they are asked about all modalities and know one."
-    return [tag("figure", drawn, class_="arms"), tag("p", legend, class_="legend")]
+    return [chart, tag("p", legend, class_="legend")]
 
 
 def _arms(found: Found) -> Child:

@@ -18,7 +18,8 @@ def analysis(data: RunData) -> Child:
     found = data.analysis
     if found is None:
         return missing("No analysis yet: run", f"unimoe analyse {data.folder}")
-    names = [str(slot) for slot in found.get("experts") or []]
+    slots = [str(slot) for slot in found.get("experts") or []]
+    names = [f"{slot} {e + 1}" if slots.count(slot) > 1 else slot for e, slot in enumerate(slots)]
     parts: list[tuple[str, str, Callable[[dict[str, Any], list[str]], Child]]] = [
         ("soft_tokens", "Soft tokens beside text", _soft_tokens),
         ("routing", "Specialisation before and after stage 3", _specialisation),
@@ -108,8 +109,7 @@ def _without(found: dict[str, Any], names: list[str]) -> Child:
             cells.append(tag("td", f"{100 * share:.0f}", style=f"--depth:{100 * depth:.0f}%", class_=ink))
         count = tag("td", found["questions"][task], class_="plain muted")
         rows.append(tag("tr", tag("th", task, scope="row"), cells, count))
-    numbered = [f"{name} {e + 1}" if names.count(name) > 1 else name for e, name in enumerate(names)]
-    heads = ["switched off:", "none", *numbered, "questions"]
+    heads = ["switched off:", "none", *names, "questions"]
     head = tag("tr", [tag("th", name, scope="col") for name in heads])
     lead = (
         "Accuracy in per cent when one expert is taken out of every mixture and its tokens go to the best of the "
@@ -159,7 +159,7 @@ def _paths(found: dict[str, Any], names: list[str]) -> Child:
         tag(
             "div",
             tag("figure", tag("figcaption", keys), drawn, class_="paths"),
-            _table(("path", *kinds), rows, range(1, 1 + len(kinds))),
+            _table(("path", *kinds), rows, range(1, 1 + len(kinds)), "narrow"),
             class_="charts pair",
         ),
     ]
@@ -195,7 +195,7 @@ def _unseen(found: dict[str, Any], _: list[str]) -> Child:
         "in training. In training, an image comes with speech and a video with its sound, never otherwise."
     )
     columns = ("task", "media", "for example", "accuracy", "95 % interval", "", "alone", "answers")
-    return [tag("p", lead, class_="lead"), _table(columns, rows, (3, 4, 6, 7))]
+    return [tag("p", lead, class_="lead"), _table(columns, rows, (3, 4, 6, 7), "scores unseen")]
 
 
 def _table(columns: Sequence[str], rows: list[Html], numbers: Sequence[int], kind: str = "scores") -> Html:
