@@ -1,7 +1,8 @@
 """Outcomes of finished runs in one small file of JSON lines, so that figures can be made again without training.
 
 A line is used only for a run that would learn and be asked the same: its recipe is a hash of all settings that decide
-that, and the task suite, where it is on this machine, has to be the one that the run was made with.
+that, and the task suite, where it is on this machine, has to be the one that the run was made with. The code is not
+part of it: after a change of how runs are trained, take the file away.
 """
 
 from __future__ import annotations

@@ -80,7 +80,11 @@ def claims(groups: Groups, scarce: str = "speech") -> list[Claim]:
             "a mixture of experts beats one dense model of equal active FLOPs",
             "experts-top1",
             "dense",
-            _points("table 7, mean of 5, top-1 of 4 and one expert", TOP_1, ONE_EXPERT),
+            _points(
+                "table 7, mean of 5: top-1 of 4 and one expert, which seems to start from LLaMA (table 8)",
+                TOP_1,
+                ONE_EXPERT,
+            ),
         ),
         Claim(
             "bias",
