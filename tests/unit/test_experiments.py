@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from unimoe_ray.experiments.readme import updated
 from unimoe_ray.experiments.results import collect, markdown, to_json
 from unimoe_ray.experiments.run import fork
 from unimoe_ray.mini.source import suite_dir
+from unimoe_ray.report.ablation import write_ablation_page
 from unimoe_ray.training.checkpoint import checkpoint_dir, is_complete, save_model
 from unimoe_ray.training.trainer import recipe
 
@@ -268,6 +270,34 @@ def test_the_report_of_partial_results_is_one_page_without_a_network(tmp_path, c
     found = json.loads((tmp_path / "results-dev.json").read_text())
     assert found["arms"]["experts-2"]["figures"]["accuracy"]["low"] is None
     assert found["arms"]["experts-2"]["curve"][-1] == [200, 1.0] and len(found["arms"]["experts-2"]["curve"]) == 60
+
+
+def test_the_report_in_a_browser_without_a_network(tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium", path="/usr/bin")
+    if chromium is None:
+        pytest.skip("no /usr/bin/chromium")
+    experiment = make_experiment(MINI, GROUPS, [0, 1], tmp_path, ["dense", "experts", "experts-top1", "copies"])
+    runs = {
+        (arm, seed): Outcome({"a": [True] * (5 + seed) + [False] * 4, "c": [True, False]}, [2.0, 1.0, 0.5])
+        for arm, seed in experiment.runs()
+    }
+    path = tmp_path / "page.html"
+    write_ablation_page(path, "mini", collect(experiment, "dev", runs))
+    with sync_api.sync_playwright() as playwright:
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags, timeout=60_000)
+        page, errors = browser.new_context(offline=True, viewport={"width": 390, "height": 800}).new_page(), []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text))
+        page.goto(path.as_uri())
+        assert not page.evaluate("document.documentElement.scrollWidth > innerWidth")
+        chart = page.locator("figure.lines").first
+        chart.locator("svg").focus()
+        page.keyboard.press("Home")
+        assert chart.locator(".readout").text_content() == "step 1: dense 2, top-1 2, top-2 2, copies 2"
+        browser.close()
+    assert errors == []
 
 
 def test_the_size_of_a_model_is_that_of_its_folder(tmp_path):
