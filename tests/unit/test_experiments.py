@@ -261,7 +261,7 @@ def test_the_report_of_partial_results_is_one_page_without_a_network(tmp_path, c
     assert "four experts beat two undecided +10.0 points 1 +0.6 points: table 7, mean of 5" in text
     assert "a mixture of experts beats one dense model of equal active FLOPs no run of experts-top1 +2.8 points" in text
     low, high = (100 * value for value in (estimate([0.5, 0.6]).low, estimate([0.5, 0.6]).high))
-    assert f"dense one dense model, mixed data 55.0 ({low:.1f} – {high:.1f})" in text
+    assert f"dense one dense model, mixed data 55.0 ({low:.1f} to {high:.1f})" in text
     assert "80 questions of the development split" in text
     charts = re.findall(r'<figure class="arms">.*?</figure>', page, flags=re.S)
     assert [chart.count('class="mean"') for chart in charts] == [1, 3]  # judged claims, arms
@@ -386,7 +386,7 @@ def test_blocks_of_a_readme_are_made_of_their_source(tmp_path):
         "before\n<!-- ablation: r.json -->\n3 of 6 planned runs (2 seeds), 10 questions of the held-out"
     )
     assert new.endswith("<!-- /ablation -->\nafter\n") and "old" not in new
-    assert "| one dense model, mixed data | 50.0 (50.0 – 50.0) | – | – | – | 2 |" in new
+    assert "| one dense model, mixed data | 50.0 (50.0 to 50.0) | – | – | – | 2 |" in new
     assert "equal active FLOPs | undecided | +40.0 points | 1 | +2.8 |" in new
     assert "| top-2 beats top-1 | not judged | – | 0 | – |" in new
     assert updated(new, tmp_path) == new

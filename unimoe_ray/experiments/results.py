@@ -66,14 +66,17 @@ def collect(experiment: Experiment, split: str, finished: Mapping[tuple[str, int
 
 
 def to_json(found: dict[str, Any]) -> str:
-    """The same, an arm and a claim a line; what is no number is null."""
+    """The same, an arm and a claim a line; what is no number is null, others have six
+    digits."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [plain(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
+        if isinstance(value, float):
+            return float(f"{value:.6g}") if math.isfinite(value) else None
+        return value
 
     def spread(value: Any) -> str:
         if isinstance(value, dict) and any(isinstance(item, dict) for item in value.values()):

@@ -58,13 +58,12 @@ def write_ablation_page(path: Path, name: str, found: Found) -> None:
 
 
 def amount(found: Found, scale: float = 1.0, digits: int = 1, signed: bool = False) -> str:
-    """A mean with its interval: ``90.1 (88.2 – 92.0)``; of a single seed without."""
-    mean, low, high = (found[key] for key in ("mean", "low", "high"))
-    if not _known(mean):
+    """A mean with its interval: ``90.1 (88.2 to 92.0)``; of a single seed without."""
+    if not _known(found["mean"]):
         return "–"
-    sign = "+" if signed else ""
-    text = f"{scale * mean:{sign}.{digits}f}"
-    return f"{text} ({scale * low:{sign}.{digits}f} – {scale * high:{sign}.{digits}f})" if _known(low) else text
+    ends = [found[key] for key in ("mean", "low", "high") if _known(found[key])]
+    mean, *interval = (f"{round(scale * end, digits) + 0.0:{'+' if signed else ''}.{digits}f}" for end in ends)
+    return f"{mean} ({' to '.join(interval)})" if interval else mean
 
 
 def _headline(found: Found) -> list[Html | None]:
