@@ -1,4 +1,4 @@
-"""The ablation job on the tiny suite: two arms of one seed, one after the other, then nothing left to do."""
+"""The ablation job on the tiny suite: two arms of one seed, one after the other, nothing left to do, an analysis."""
 
 import json
 import os
@@ -26,10 +26,11 @@ def test_an_experiment_goes_on_where_it_was(tmp_path):
     overrides += ["mini.scale=tiny", f"data.dir={tmp_path}/data", "evaluation.limit=6", "training.workers=1", "seed=3"]
 
     def ablate(*arms: str, out: str = "out") -> str:
-        command = [sys.executable, "-m", "jobs.ablate", "--seeds", "1", "--out", str(tmp_path / out), *overrides]
-        command += ["--results", str(tmp_path / "results")]
-        for arm in arms:
-            command += ["--arm", arm]
+        words = ["--seeds", "1", "--out", str(tmp_path / out), *overrides, "--results", str(tmp_path / "results")]
+        return run("jobs.ablate", *words, *(word for arm in arms for word in ("--arm", arm)))
+
+    def run(module: str, *words: str) -> str:
+        command = [sys.executable, "-m", module, *words]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -53,3 +54,14 @@ def test_an_experiment_goes_on_where_it_was(tmp_path):
     ablate("dense", "experts-8", out="elsewhere")
     assert not (tmp_path / "elsewhere" / "dense-s3").exists()
     assert json.loads((tmp_path / "elsewhere" / "results-dev.json").read_text()) == results
+
+    # The analysis of one of its runs: eight experts, and combinations of real files that training did not have.
+    run("unimoe_ray.cli", "analyse", str(tmp_path / "out" / "experts-8-s3"), "--samples", "2")
+    analysis = json.loads((tmp_path / "out" / "experts-8-s3" / "analysis.json").read_text())
+    assert len(analysis["off"]["without"]) == 8 and len(analysis["routing"]["before"]["score"]) == 4
+    assert {about["media"] for about in analysis["unseen"].values()} == {
+        "image + audio",
+        "speech + audio",
+        "video + speech",
+    }
+    assert all(about["n"] == 100 for about in analysis["unseen"].values()) and len(analysis["unseen"]) == 5
