@@ -192,7 +192,8 @@ def _unseen(found: dict[str, Any], _: list[str]) -> Child:
     lead = (
         "Held-out files put together as no training sample has them. Alone: the same files asked about one at a "
         "time, as "
-        "in training. In training, an image comes with speech and a video with its sound, never otherwise."
+        "in training. In training, an image comes with speech and a video with its sound, never otherwise. What "
+        "image_and_sound asks is new, too."
     )
     columns = ("task", "media", "for example", "accuracy", "95 % interval", "", "alone", "answers")
     return [tag("p", lead, class_="lead"), _table(columns, rows, (3, 4, 6, 7), "scores unseen")]
