@@ -6,7 +6,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 # Where this is set, every worker process would compile all it imports again: 7 s each.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help install demo ablate test slow lint bench manifests clean
+.PHONY: help install demo ablate readme test slow lint bench manifests clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -19,7 +19,8 @@ WARM := torch, torch.distributed, transformers, peft, ray.train.torch, ray.data,
 
 help:
 	@echo "make demo   train, evaluate and report the mini model: runs/mini"
-	echo "make ablate  every arm of the ablations over 3 seeds (ARGS=--dry-run shows the plan): runs/ablate"
+	echo "make ablate  every arm of the ablations over 3 seeds (ARGS=--dry-run: the plan, ARGS=--report: what is there so far): runs/ablate"
+	echo "make readme  the ablations' figures in README, out of benchmarks/results"
 	echo "make test   the quick tests (make slow: the slow ones, resumable)"
 	echo "make lint   ruff check and format check"
 	echo "make bench  the benchmarks, at small sizes where they have them"
@@ -56,7 +57,10 @@ demo: $(STAMP)
 	@$(PY) -m jobs.pipeline --config mini
 
 ablate: $(STAMP)
-	@$(PY) -m jobs.ablate $(ARGS)
+	@$(PY) -m jobs.ablate --results benchmarks/results $(ARGS)
+
+readme: $(STAMP)
+	@$(PY) -m unimoe_ray.experiments.readme README.md
 
 test: $(STAMP)
 	@$(PY) -m pytest -m "not slow" -n 2 --dist loadgroup

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -11,22 +10,21 @@ from rich.console import Console
 from jobs.arguments import told_in_a_line
 from unimoe_ray import cluster, config
 from unimoe_ray.experiments.arms import MINI_GROUPS
+from unimoe_ray.experiments.cache import cached
 from unimoe_ray.experiments.plan import Experiment, make_experiment, plan, table
-from unimoe_ray.experiments.results import collect, markdown
+from unimoe_ray.experiments.publish import cache_of, publish
 from unimoe_ray.experiments.run import run_experiment
 from unimoe_ray.progress import TrainProgress
 
 
-def ablate(experiment: Experiment, split: str, slots: int, console: Console) -> None:
-    """Run what is not finished; ``results-SPLIT.json`` and ``.md`` of the folder have the tables."""
+def ablate(experiment: Experiment, split: str, slots: int, results: Path | None, console: Console) -> None:
+    """Run what is not finished, neither here nor in ``results``."""
+    known = cached(experiment, split, cache_of(results))
+    if all(run in known for run in experiment.runs()):
+        return
     cpus = max(slots, len(experiment.base.stages.experts)) + cluster.DATA_CPUS
     with cluster.connect(experiment.base, cpus), TrainProgress(console) as progress:
-        run_experiment(experiment, split, slots, progress)
-    found = collect(experiment, split)
-    (experiment.out / f"results-{split}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    text = markdown(found)
-    (experiment.out / f"results-{split}.md").write_text(text, encoding="utf-8")
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+        run_experiment(experiment, split, slots, progress, known)
 
 
 def _parse() -> argparse.Namespace:
@@ -43,7 +41,14 @@ def _parse() -> argparse.Namespace:
         "--split", choices=["dev", "test"], default="dev", help="test: once, when nothing changes any more"
     )
     parser.add_argument("--slots", type=int, default=2, metavar="N", help="runs side by side, a core each (default: 2)")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="DIR",
+        help="folder that keeps figures and outcomes; runs in it are not run again",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the runs and how long they will take, and stop")
+    parser.add_argument("--report", action="store_true", help="train nothing, write the report of what is finished")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="configuration overrides")
     return parser.parse_intermixed_args()
 
@@ -54,10 +59,16 @@ def main() -> None:
         base = config.load(arguments.config, arguments.overrides)
         seeds = range(base.seed, base.seed + arguments.seeds)
         experiment = make_experiment(base, MINI_GROUPS, seeds, arguments.out, arguments.arm)
+        split, results, console = arguments.split, arguments.results, Console()
         if arguments.dry_run:
-            print(table(plan(experiment, arguments.split), arguments.slots), end="")
+            known = cached(experiment, split, cache_of(results))
+            print(table(plan(experiment, split, known), arguments.slots), end="")
             return
-        ablate(experiment, arguments.split, arguments.slots, Console())
+        if not arguments.report:
+            ablate(experiment, split, arguments.slots, results, console)
+        page, tables = publish(experiment, split, results)
+        for text in (tables, f"report: {page}"):
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

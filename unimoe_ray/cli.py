@@ -86,6 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(run=_eval)
 
+    analysing = commands.add_parser("analyse", help="what a run's connectors and experts do; into its report")
+    _with_run(analysing)
+    analysing.add_argument(
+        "--samples", type=int, default=60, metavar="N", help="held-out questions of each task (default: 60)"
+    )
+    analysing.set_defaults(run=_analyse)
+
     chat = commands.add_parser("chat", help="talk to a run's model; without a question, interactively")
     _with_run(chat)
     chat.add_argument("question", nargs="?", help="one question; without it a conversation starts")
@@ -294,6 +301,20 @@ def _eval_benchmark(arguments: argparse.Namespace) -> int:
         print((result.folder / "result.json").read_text(encoding="utf-8"))
     else:
         Console().print(benchmark_table(settings, task, result))
+    return 0
+
+
+def _analyse(arguments: argparse.Namespace) -> int:
+    """Needs no cluster."""
+    settings = config.load_run(arguments.run_folder)
+    if arguments.samples < 1:
+        raise UsageError(f"--samples {arguments.samples}: allowed: from 1")
+    from unimoe_ray.analysis.analyse import analyse, write_analysis
+    from unimoe_ray.report import write_report
+
+    found = analyse(settings, arguments.samples, lambda text: print(f"unimoe: {text}", file=sys.stderr))
+    print(write_analysis(settings.run_dir, found))
+    print(write_report(settings.run_dir))
     return 0
 
 

@@ -28,6 +28,7 @@ ALLOWED = {
     "training": {"config", "model", "parallel", "data", "llama", "checkpoint"},
     "evaluation": {"config", "model", "data", "towers", "training", "inference"},
     "inference": {"config", "model", "parallel", "data"},
+    "analysis": {"config", "model", "data", "mini", "training", "evaluation"},
     # Its processor makes prompts of conversations, with our templates.
     "interop": {"config", "model", "data"},
     "kuberay": {"config", "parallel", "parameter_table"},

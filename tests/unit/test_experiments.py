@@ -2,7 +2,10 @@
 
 import json
 import math
+import re
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,26 +13,23 @@ import pytest
 
 from jobs import ablate
 from tests.tiny import make_tiny_run
+from tests.unit.test_report import _Page
 from unimoe_ray import config as configuration
 from unimoe_ray.config.training import STAGES
 from unimoe_ray.data import prepare
-from unimoe_ray.errors import UsageError
-from unimoe_ray.experiments.arms import MINI_GROUPS, arm_config, grid, only, rare, trunk_config
+from unimoe_ray.errors import UnimoeError, UsageError
+from unimoe_ray.experiments.arms import FAMILIES, MINI_GROUPS, arm_config, grid, only, rare, trunk_config
+from unimoe_ray.experiments.cache import cached, finished, outcome_recipe, pack, unpack
+from unimoe_ray.experiments.claims import claims
+from unimoe_ray.experiments.figures import Estimate, estimate, loss_variance, steps_to_90, verdict, worst_drop
+from unimoe_ray.experiments.outcomes import Outcome, read_outcome
 from unimoe_ray.experiments.plan import evaluation_dir, make_experiment, measured_seconds, plan, table
-from unimoe_ray.experiments.results import (
-    Estimate,
-    Outcome,
-    claims,
-    collect,
-    estimate,
-    loss_variance,
-    markdown,
-    steps_to_90,
-    verdict,
-    worst_drop,
-)
+from unimoe_ray.experiments.readme import updated
+from unimoe_ray.experiments.results import collect, markdown, to_json
 from unimoe_ray.experiments.run import fork
-from unimoe_ray.training.checkpoint import checkpoint_dir, is_complete
+from unimoe_ray.mini.source import suite_dir
+from unimoe_ray.report.ablation import write_ablation_page
+from unimoe_ray.training.checkpoint import checkpoint_dir, is_complete, save_model
 from unimoe_ray.training.trainer import recipe
 
 MINI = configuration.load("mini")
@@ -70,6 +70,20 @@ def test_claims_need_arms_that_exist():
     arms = grid()
     for claim in claims(MINI_GROUPS):
         assert set(claim.arms) <= set(arms)
+    assert all(set(family) <= set(arms) for family in FAMILIES.values())
+
+
+def test_the_papers_figures_by_hand():
+    paper = {claim.name: claim.paper.difference for claim in claims(MINI_GROUPS)}
+    assert paper["stage 2"] == pytest.approx((1.22 + 1.53 + 0.6 + 3.2) / 4, abs=0.006)
+    assert paper["second half"] == pytest.approx((2.23 + 1.69 - 0.4 - 5.08 - 8.98) / 5, abs=0.006)  # against the claim
+    assert paper["bias"] == pytest.approx((44.0525 - 22.07) - (69.105 - 63.855), abs=0.01)
+    assert {name for name, difference in paper.items() if difference is None} == {
+        "rare",
+        "mixture, all steps",
+        "stage 2, all steps",
+        "speed",
+    }
 
 
 def test_arms_take_over_the_stages_of_their_trunk(tmp_path):
@@ -188,22 +202,194 @@ def test_drops_behind_specialists_by_hand():
     assert seed["dense"].accuracy(("c",)) == 0.5
 
 
+def finish(config, right: dict[str, int], losses: list[float] = ()) -> None:
+    """The files of a finished run: so many right of ten questions of each task."""
+    folder = evaluation_dir(config, "dev")
+    folder.mkdir(parents=True)
+    (config.run_dir / "config.yaml").write_text(configuration.dump(config))
+    lines = [{"task": task, "correct": i < n} for task, n in right.items() for i in range(10)]
+    (folder / "eval_samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps = [
+        {"run": "tune", "stage": "tune", "step": i + 1, "loss": loss, "seconds": 0.5, "time": i}
+        for i, loss in enumerate(losses)
+    ]
+    (config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
+
+
 def test_results_are_collected_from_the_files(tmp_path):
     experiment = make_experiment(MINI, GROUPS, [0, 1, 2], tmp_path, ["dense", "experts-top1"])
     right = {"dense": (6, 6, 5), "experts-top1": (8, 9, 7)}
     for (arm, seed), config in experiment.runs().items():
         if (arm, seed) == ("dense", 2):
             continue
-        folder = evaluation_dir(config, "dev")
-        folder.mkdir(parents=True)
-        lines = [{"task": task, "correct": i < right[arm][seed]} for task in "abc" for i in range(10)]
-        (folder / "eval_samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = collect(experiment, "dev")
+        finish(config, dict.fromkeys("abc", right[arm][seed]))
+    found = collect(experiment, "dev", finished(experiment, "dev", None))
     assert (found["finished"], found["planned"]) == (5, 6)
-    assert found["arms"]["experts-top1"]["accuracy"]["mean"] == pytest.approx(0.8)
-    assert found["arms"]["dense"]["accuracy"]["seeds"] == 2 and found["arms"]["dense"]["worst drop"]["seeds"] == 0
+    assert found["arms"]["experts-top1"]["figures"]["accuracy"]["mean"] == pytest.approx(0.8)
+    dense = found["arms"]["dense"]["figures"]
+    assert dense["accuracy"]["seeds"] == 2 and dense["worst drop"]["seeds"] == 0
+    assert found["arms"]["dense"]["by seed"] == {"0": pytest.approx(0.6), "1": pytest.approx(0.6)}
     (mixture,) = found["claims"]  # the others' arms were not run
     assert mixture["claim"] == "mixture" and mixture["mean"] == pytest.approx(0.25) and mixture["seeds"] == 2
     assert mixture["verdict"] == "undecided"  # two seeds, 0.2 and 0.3
     text = markdown(found)
     assert "5 of 6 runs, split dev" in text and "| experts-top1 | 0.8 (" in text and "| undecided | 2 |" in text
+
+
+def test_the_report_of_partial_results_is_one_page_without_a_network(tmp_path, capsys, monkeypatch):
+    words = ["ablate", "--report", "--out", str(tmp_path), "--arm", "dense", "--arm", "experts"]
+    monkeypatch.setattr(sys, "argv", words)
+    ablate.main()
+    assert "Partial results: 0 of 6 planned runs" in (tmp_path / "results-dev.html").read_text()
+    experiment = make_experiment(MINI, MINI_GROUPS, [0, 1, 2], tmp_path, ["dense", "experts", "experts-2"])
+    tasks = [task for group in MINI_GROUPS.values() for task in group]
+    for seed, (dense, experts) in enumerate([(5, 8), (6, 9)]):
+        finish(experiment.runs()["dense", seed], dict.fromkeys(tasks, dense), [2.0, 1.0, 0.5])
+        finish(experiment.runs()["experts", seed], dict.fromkeys(tasks, experts), [1.0, 0.5, 0.25])
+    finish(experiment.runs()["experts-2", 0], dict.fromkeys(tasks, 7), [1.0] * 200)
+    monkeypatch.setattr(sys, "argv", [*words, "--arm", "experts-2"])
+    ablate.main()
+    assert str(tmp_path / "results-dev.html") in capsys.readouterr().out
+    page = (tmp_path / "results-dev.html").read_text(encoding="utf-8")
+    links = [
+        value for _, attributes in _Page(page).elements for key, value in attributes.items() if key in ("href", "src")
+    ]
+    assert links and all(link.startswith("#") for link in links) and "http" not in page
+    text = re.sub(r"\s+", " ", re.sub(r"<(style|script|svg).*?</\1>|<[^>]+>", " ", page, flags=re.S))
+    assert "5 of 9 planned runs are here" in text and "Partial results: 5 of 9 planned runs have finished." in text
+    assert "4 planned runs of 9 had not finished" in text
+    assert "four experts beat two undecided +10.0 points 1 +0.6 points: table 7, mean of 5" in text
+    assert "a mixture of experts beats one dense model of equal active FLOPs no run of experts-top1 +2.8 points" in text
+    low, high = (100 * value for value in (estimate([0.5, 0.6]).low, estimate([0.5, 0.6]).high))
+    assert f"dense one dense model, mixed data 55.0 ({low:.1f} to {high:.1f})" in text
+    assert "80 questions of the development split" in text
+    charts = re.findall(r'<figure class="arms">.*?</figure>', page, flags=re.S)
+    assert [chart.count('class="mean"') for chart in charts] == [1, 3]  # judged claims, arms
+    assert [chart.count('class="seed"') for chart in charts] == [0, 5] and charts[0].count('class="other"') == 1
+    assert "dense – – – 3 1.5 s 0.50 s" in text  # no model was saved: its size is not known
+    found = json.loads((tmp_path / "results-dev.json").read_text())
+    assert found["arms"]["experts-2"]["figures"]["accuracy"]["low"] is None
+    assert found["arms"]["experts-2"]["curve"][-1] == [200, 1.0] and len(found["arms"]["experts-2"]["curve"]) == 60
+
+
+def test_the_report_in_a_browser_without_a_network(tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium", path="/usr/bin")
+    if chromium is None:
+        pytest.skip("no /usr/bin/chromium")
+    experiment = make_experiment(MINI, GROUPS, [0, 1], tmp_path, ["dense", "experts", "experts-top1", "copies"])
+    runs = {
+        (arm, seed): Outcome({"a": [True] * (5 + seed) + [False] * 4, "c": [True, False]}, [2.0, 1.0, 0.5])
+        for arm, seed in experiment.runs()
+    }
+    path = tmp_path / "page.html"
+    write_ablation_page(path, "mini", collect(experiment, "dev", runs))
+    with sync_api.sync_playwright() as playwright:
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags, timeout=60_000)
+        page, errors = browser.new_context(offline=True, viewport={"width": 390, "height": 800}).new_page(), []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text))
+        page.goto(path.as_uri())
+        assert not page.evaluate("document.documentElement.scrollWidth > innerWidth")
+        chart = page.locator("figure.lines").first
+        chart.locator("svg").focus()
+        page.keyboard.press("Home")
+        assert chart.locator(".readout").text_content() == "step 1: dense 2, top-1 2, top-2 2, copies 2"
+        browser.close()
+    assert errors == []
+
+
+def test_the_size_of_a_model_is_that_of_its_folder(tmp_path):
+    run = make_tiny_run(tmp_path)
+    finish(run.config, {"see": 1})
+    info = replace(run.info, sparse=True)
+    model = info.build()
+    save_model(checkpoint_dir(run.config.run_dir, "tune", "tune"), model, info, run.tokenizer, "recipe")
+    outcome = read_outcome(run.config, "dev")
+    assert outcome.parameters == sum(p.numel() for p in model.language.parameters())
+    per_expert = 3 * 16 * 24
+    assert outcome.parameters - outcome.active == 2 * 2 * per_expert  # two layers, two of four experts idle
+
+
+def test_outcomes_are_taken_from_the_cache_where_the_recipe_fits(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / "results"
+    words = ["ablate", "--seeds", "1", "--arm", "dense", "--arm", "experts", "--results", str(results), "--out"]
+    experiment = make_experiment(MINI, MINI_GROUPS, [0], tmp_path / "runs", ["dense", "experts"])
+    finish(experiment.runs()["dense", 0], {"text": 7, "fashion": 4}, [2.0, 1.23456, 0.5])
+    monkeypatch.setattr(sys, "argv", [*words, "runs", "--report"])
+    ablate.main()
+    finish(experiment.runs()["experts", 0], {"text": 8, "fashion": 4}, [2.0, 1.0, 0.5])
+    ablate.main()
+    first = (results / "ablate.json").read_text()
+    # All of it is known: without --report, too, nothing is trained, and elsewhere the figures are the same.
+    monkeypatch.setattr(sys, "argv", [*words, "elsewhere"])
+    ablate.main()
+    assert (results / "ablate.json").read_text() == first == (tmp_path / "elsewhere" / "results-dev.json").read_text()
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [*words, "elsewhere", "--dry-run"])
+    ablate.main()
+    assert capsys.readouterr().out.count("finished") == 3
+    monkeypatch.setattr(sys, "argv", [*words, "elsewhere", "--dry-run", "stages.experts.audio.steps=111"])
+    ablate.main()
+    assert capsys.readouterr().out.count("finished") == 0
+
+    monkeypatch.setattr(sys, "argv", [*words, "runs", "--report", "stages.experts.audio.steps=111"])
+    ablate.main()
+    assert "0 of 2 runs" in capsys.readouterr().out  # what is in the folder was trained otherwise
+
+    cache = results / "ablate-runs.jsonl"
+    assert cached(experiment, "test", cache) == {}
+    assert cached(experiment, "dev", cache) == finished(experiment, "dev", None)
+    (tmp_path / "data" / "mini-full-0").mkdir(parents=True)
+    (tmp_path / "data" / "mini-full-0" / "suite.json").write_text('{"hash": "another"}')
+    assert suite_dir(MINI).resolve() == tmp_path / "data" / "mini-full-0"
+    assert cached(experiment, "dev", cache) == {}
+    cache.write_text(cache.read_text() + '{"arm": "dense"}\n')
+    with pytest.raises(UnimoeError, match="ablate-runs.jsonl, line 3: is damaged; take it out"):
+        cached(experiment, "dev", cache)
+
+
+def test_a_recipe_changes_with_what_is_learned_and_asked_only():
+    arm = grid()["dense"]
+    same = arm_config(MINI, arm, 0, "out")
+    assert (
+        outcome_recipe(same, "dev")
+        == outcome_recipe(arm_config(MINI, arm, 0, "elsewhere"), "dev")
+        != outcome_recipe(same, "test")
+    )
+    others = [arm_config(MINI, arm, 1, "out"), arm_config(MINI, grid()["experts"], 0, "out")]
+    for override in ("stages.base.base.steps=7", "evaluation.limit=5", "training.optimizer.clip=3"):
+        others.append(arm_config(configuration.load("mini", [override]), arm, 0, "out"))
+    assert len({outcome_recipe(config, "dev") for config in [same, *others]}) == 6
+
+
+@pytest.mark.parametrize("right", [[], [False], [True, False, False, True, True], [False] * 9 + [True]])
+def test_packed_answers(right):
+    assert unpack(pack(right)) == right
+
+
+def test_readme_has_the_figures_of_its_source():
+    root = Path(ablate.__file__).parents[1]
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert updated(text, root) == text, "run make readme"
+
+
+def test_blocks_of_a_readme_are_made_of_their_source(tmp_path):
+    experiment = make_experiment(MINI, GROUPS, [0, 1], tmp_path, ["dense", "experts", "experts-top1"])
+    runs = {("dense", 0): outcome(a=5), ("dense", 1): outcome(a=5), ("experts-top1", 0): outcome(a=9)}
+    (tmp_path / "r.json").write_text(to_json(collect(experiment, "test", runs)))
+    text = "before\n<!-- ablation: r.json -->\nold 1.23\n<!-- /ablation -->\nafter\n"
+    new = updated(text, tmp_path)
+    assert new.startswith(
+        "before\n<!-- ablation: r.json -->\n3 of 6 planned runs (2 seeds), 10 questions of the held-out"
+    )
+    assert new.endswith("<!-- /ablation -->\nafter\n") and "old" not in new
+    assert "| one dense model, mixed data | 50.0 (50.0 to 50.0) | – | – | – | 2 |" in new
+    assert "equal active FLOPs | undecided | +40.0 points | 1 | +2.8 |" in new
+    assert "| top-2 beats top-1 | not judged | – | 0 | – |" in new
+    assert updated(new, tmp_path) == new
+    (tmp_path / "r.json").unlink()
+    with pytest.raises(UnimoeError, match="r.json"):
+        updated(new, tmp_path)

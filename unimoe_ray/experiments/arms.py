@@ -19,6 +19,31 @@ MINI_GROUPS: Groups = {
     "speech": ("spoken_word", "spoken_question"),
     "audio": ("sound_event", "video_sound"),
 }
+# Arms that are read side by side, with short names.
+FAMILIES: Mapping[str, Mapping[str, str]] = {
+    "Dense and mixtures": {"dense": "dense", "experts-top1": "top-1", "experts": "top-2", "copies": "copies"},
+    "As many steps in all": {"experts": "experts", "copies-long": "copies, long", "dense-long": "dense, long"},
+    "Experts and copies": {"experts": "experts", "copies": "copies", "copies-top1": "top-1 copies"},
+    "Number of experts": {"experts-2": "2", "experts": "4", "experts-8": "8"},
+    "Balance loss": {
+        "experts": "experts",
+        "experts-balance": "experts, on",
+        "copies": "copies",
+        "copies-balance": "copies, on",
+    },
+    "Layers with experts": {
+        "experts": "all",
+        "experts-interval": "every other",
+        "experts-first": "first half",
+        "experts-second": "second half",
+    },
+    "Rare speech": {
+        "dense": "dense",
+        "dense-rare": "dense, rare",
+        "experts-top1": "top-1",
+        "experts-top1-rare": "top-1, rare",
+    },
+}
 RARE = 0.05
 BALANCE = 0.01
 

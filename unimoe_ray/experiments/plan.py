@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,23 +65,24 @@ class Planned:
     seconds: float
 
 
-def plan(experiment: Experiment, split: str) -> list[Planned]:
-    """All runs in their order. Finished is what has its files; whether they fit is seen when it is run."""
+def plan(experiment: Experiment, split: str, known: Collection[tuple[str, int]] = ()) -> list[Planned]:
+    """All runs in their order. Finished is what has its files (whether they fit is seen when it is run) or is known."""
     rate = SECONDS | measured_seconds(experiment)
     rows = []
-    for config in experiment.trunks().values():
+    for trunk, config in experiment.trunks().items():
         steps = seconds = 0
+        needed = any(run not in known for run in experiment.runs() if run[1] == trunk)
         for stage in STAGES[:-1]:
             for name, run in getattr(config.stages, stage).items():
                 steps += run.steps
-                if not (checkpoint_dir(config.run_dir, stage, name) / "manifest.json").is_file():
+                if needed and not (checkpoint_dir(config.run_dir, stage, name) / "manifest.json").is_file():
                     seconds += run.steps * rate[stage]
         rows.append(Planned(config.name, "stages 0 to 2, common to the seed", steps, seconds))
     about = {arm.name: arm.about for arm in experiment.arms}
-    for (arm, _), config in experiment.runs().items():
+    for (arm, seed), config in experiment.runs().items():
         steps = config.stages.tune["tune"].steps
         seconds = 0.0
-        if not (evaluation_dir(config, split) / "eval.json").is_file():
+        if (arm, seed) not in known and not (evaluation_dir(config, split) / "eval.json").is_file():
             seconds = steps * rate[_kind(config)] + EVALUATION_SECONDS
         rows.append(Planned(config.name, about[arm], steps, seconds))
     return rows

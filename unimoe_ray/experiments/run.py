@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Collection
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,14 @@ from unimoe_ray.training.checkpoint import checkpoint_dir, recipe
 TRUNK_STAGES = ("base", "align", "experts")
 
 
-def run_experiment(experiment: Experiment, split: str, slots: int, progress: TrainProgress) -> None:
+def run_experiment(
+    experiment: Experiment, split: str, slots: int, progress: TrainProgress, known: Collection[tuple[str, int]] = ()
+) -> None:
     """Needs Ray, with a core for each slot and some for data. ``split`` is what the arms are evaluated on: ``dev``
-    while anything is still being chosen, ``test`` once."""
+    while anything is still being chosen, ``test`` once. known: arms and seeds that need not be run."""
     trunks = experiment.trunks()
-    for config in trunks.values():
+    left = {run: config for run, config in experiment.runs().items() if run not in known}
+    for config in (trunks[seed] for seed in dict.fromkeys(seed for _, seed in left)):
         shown = _Named(progress, config.name)
         with pipeline.open_run(config):
             pipeline.prepare(config, shown)
@@ -37,7 +41,7 @@ def run_experiment(experiment: Experiment, split: str, slots: int, progress: Tra
     try:
         futures = [
             pool.submit(run_arm, trunks[seed], config, split, _Named(progress, config.name))
-            for (_, seed), config in experiment.runs().items()
+            for (_, seed), config in left.items()
         ]
         done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
         for future in waiting:

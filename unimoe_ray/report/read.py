@@ -89,6 +89,7 @@ class RunData:
     evaluation: dict[str, Any] | None
     samples: list[dict[str, Any]]
     routing: dict[str, Any] | None
+    analysis: dict[str, Any] | None
     quarantine: Counter[str]
     notes: list[str]
 
@@ -120,6 +121,7 @@ def read_run(folder: Path) -> RunData:
             evaluation=_object(folder / "eval.json", _is_evaluation, notes),
             samples=[s for s in _lines(folder / "eval_samples.jsonl", notes) if _is_sample(s)],
             routing=_object(folder / "routing.json", _is_routing, notes),
+            analysis=_object(folder / "analysis.json", lambda value: "soft_tokens" in value, notes),
             quarantine=Counter(str(r.get("reason", "no reason")) for r in _lines(folder / "quarantine.jsonl", notes)),
             notes=notes,
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from unimoe_ray import __version__
 from unimoe_ray.errors import UnimoeError
+from unimoe_ray.report.analysis import analysis
 from unimoe_ray.report.answers import answers
 from unimoe_ray.report.experts import experts, findings
 from unimoe_ray.report.html import Html, tag
@@ -49,6 +50,7 @@ def _page(data: RunData, media: Path) -> str:
         ("loss", "Loss", losses(data)),
         ("findings", "Findings", findings(data)),
         ("experts", "Experts", experts(data)),
+        ("analysis", "Analysis", analysis(data)),
         ("stages", "Stages", stages(data)),
         ("timeline", "Timeline", timeline(data)),
         ("answers", "Answers", answers(data, media)),

@@ -1,0 +1,1 @@
+"""What a finished model's connectors and experts do: ``unimoe analyse RUN``."""
