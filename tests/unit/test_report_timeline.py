@@ -68,10 +68,18 @@ def test_the_account_of_a_stop(stopped, monkeypatch):
             "import_s": 2.0,
             "restore_s": 5.0,
             "first_step_s": 7.0,
+            "standby": False,
         },
     }
     assert [event["event"] for event in read_lines(stopped / EVENTS, "tune")][-2:] == ["resume", RECOVERED]
     assert second == {"goodput": round(8 / 41, 4), "restarts": 1, "lost_steps": 2}
+
+
+def test_a_start_that_is_tried_again_is_no_recovery(tmp_path):
+    events_of(tmp_path, (99.0, DRIVER), reached=0)
+    events_of(tmp_path, (100.0, START), (160.0, START), workers=2)
+    line = Account(tmp_path, "tune", done=0).line(1.0)
+    assert line["restarts"] == 0 and "recovery" not in line
 
 
 def test_the_time_without_a_driver_is_not_lost(stopped, monkeypatch):

@@ -70,7 +70,7 @@ class TrainingMetrics:
             "tokens_per_s": "Tokens of the last step by its time.",
             "step": "Steps done.",
             "goodput": "Time in steps that count over the time since the run began.",
-            "restarts": "Starts of the run's workers after the first.",
+            "restarts": "How often the run's workers went on where others had stopped.",
             "lost_steps": "Steps that were done again.",
             "world": "Workers.",
         }

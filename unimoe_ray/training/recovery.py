@@ -88,7 +88,7 @@ class Account:
     """Adds to the lines of a run:
 
     goodput      time in steps that count, over the time since the run began while a driver was there
-    restarts, lost_steps   since the run began: starts of workers after the first, and steps that were done again
+    restarts, lost_steps   since the run began: how often workers went on after others, and steps that were done again
     recovery     in the first line after a restart: its ``cause``, ``lost_steps``, ``seconds`` from the stop to the end
                  of this step, and of these ``scheduling_s`` until workers were asked for, ``process_s`` until they
                  ran, ``import_s``, ``restore_s`` and ``first_step_s``, and whether rank 0 had waited in ``standby``. It
@@ -105,7 +105,8 @@ class Account:
             [line["step"] for line in lines] + [e.get("reached", 0) for e in recent if e["event"] == DRIVER] + [0]
         )
         starts = [e["time"] for e in events if e["event"] == START] or [time.time()]
-        self._began, self._start, self._restarts = starts[0], starts[-1], len(starts) - 1
+        self._began, self._start = starts[0], starts[-1]
+        self._restarts = sum(e["event"] == RESUME for e in events)
         self._lost = max(0, reached - done)
         self._lost_in_all = self._lost + sum(e["lost_steps"] for e in events if e["event"] == RESUME)
         self._useful = sum(line.get("seconds", 0.0) for line in lines if line["step"] <= done)
