@@ -1,16 +1,17 @@
 """How long a run of two workers stands still when one of them is killed, and what writing states costs it.
 
     python benchmarks/recovery.py                 the mini model's stage 3, three kills
+    python benchmarks/recovery.py --cold          the same without processes that wait to take over
     python benchmarks/recovery.py --small         a tiny model, one kill: does it run
 
 The model has the sizes of the preset mini; its data are random features. A worker process is killed (SIGKILL) from
-outside, after the first half of an interval between two states. The time from then to the end of the first step that
-was not done before the restart is split into
+outside, after the first half of an interval between two states, when a process waits for each worker
+(``training.elastic.standby_every``). The time from then to the end of the first step after the restart is split into
 
     detection      until Ray Train's controller notices that the worker is gone
     scheduling     until it asks for new workers
     process start  until the training function runs in them: Ray's work (processes, torch, the process group)
-    import         our code and what it needs
+    import         our code and what it needs; nothing in a process that has waited
     restore        the model, the engine, the state, the plan of the data
     first step     with the wait for its data
 
@@ -32,16 +33,20 @@ from tests.chaos import runs
 from tests.tiny import TinyRun
 from unimoe_ray import cluster, config
 from unimoe_ray.checkpoint.states import latest
+from unimoe_ray.training import standby
 
 WORKERS, EVERY = 2, 20
 PHASES = ("detection", "scheduling", "process start", "import", "restore", "first step")
 OURS = ("import", "restore", "first step")
 
 
-def make_run(folder: Path, small: bool, kills: int) -> TinyRun:
+def make_run(folder: Path, small: bool, kills: int, standby: bool) -> TinyRun:
     mini = config.load("mini")
     model = {} if small else {"language": mini.model.language.model_dump(exclude_unset=True)}
-    run = runs.make_run(folder, steps=EVERY * (kills + 1) + EVERY // 2, every=EVERY, model=model)
+    # A process that is to wait takes some seconds beside the training.
+    intervals = kills + 1 if not standby else 4 * kills + 1
+    run = runs.make_run(folder, steps=EVERY * intervals * (10 if small and standby else 1), every=EVERY, model=model)
+    run.config.training.elastic.standby_every = 2.0 if standby else None
     tune = run.config.stages.tune["tune"]
     if not small:
         tune.batch_size, tune.lora = mini.stages.tune["tune"].batch_size, mini.stages.tune["tune"].lora
@@ -49,19 +54,24 @@ def make_run(folder: Path, small: bool, kills: int) -> TinyRun:
 
 
 class Killer:
-    """Kills a worker ``EVERY // 2`` steps after each state, as often as asked."""
+    """Kills a worker in the second half of an interval between two states, as often as asked.
 
-    def __init__(self, run: TinyRun, kills: int):
-        self._run, self._left = run, kills
+    ready: processes that must wait meanwhile
+    """
+
+    def __init__(self, run: TinyRun, kills: int, ready: int):
+        self._run, self._left, self._ready = run, kills, ready
         self._at = EVERY + EVERY // 2
         self.times: list[float] = []
         self.committed: list[int] = []
 
     def __call__(self) -> None:
         lines = runs.lines(self._run)
-        if not self._left or not lines or lines[-1]["step"] < self._at:
+        if not self._left or not lines or lines[-1]["step"] < self._at or lines[-1]["step"] % EVERY < EVERY // 2:
             return
-        self._left, self._at = self._left - 1, self._at + EVERY
+        if len(list(standby.requests().glob("ready-*"))) - WORKERS * len(self.times) < self._ready:
+            return
+        self._left, self._at = self._left - 1, lines[-1]["step"] + EVERY
         workers = [
             p for p in psutil.process_iter(["cmdline"]) if "ray::RayTrainWorker" in " ".join(p.info["cmdline"] or [])
         ]
@@ -71,10 +81,10 @@ class Killer:
         next(p for p in workers if p in ours).kill()
 
 
-def measure(small: bool, kills: int) -> dict:
+def measure(small: bool, kills: int, waiting: bool) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        run = make_run(Path(folder), small, kills)
-        killer = Killer(run, kills)
+        run = make_run(Path(folder), small, kills, waiting)
+        killer = Killer(run, kills, WORKERS if waiting else 0)
         with cluster.connect(run.config):
             runs.train(run, workers=WORKERS, follow=killer)
         lines, stops = runs.lines(run), runs.stops(run)
@@ -94,6 +104,7 @@ def measure(small: bool, kills: int) -> dict:
     medians = {phase: round(statistics.median(values), 3) for phase, values in phases.items()}
     return {
         "kills": kills,
+        "standby": [line["recovery"]["standby"] for line in found],
         "phases_s": medians,
         "whole_s": round(statistics.median(map(sum, zip(*phases.values(), strict=True))), 3),
         "ours_s": round(sum(medians[phase] for phase in OURS), 3),
@@ -110,9 +121,10 @@ def measure(small: bool, kills: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--cold", action="store_true", help="no process waits")
     parser.add_argument("--kills", type=int, default=3)
     given = parser.parse_args()
-    result = measure(given.small, 1 if given.small else given.kills)
+    result = measure(given.small, 1 if given.small else given.kills, not given.cold)
     print(f"{'phase':<16}{'seconds':>9}")
     for phase, seconds in result["phases_s"].items():
         print(f"{phase:<16}{seconds:>9.2f}{'   ours' if phase in OURS else ''}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -57,6 +59,7 @@ def initialize(model: UniMoE, groups: list[Group], config: TrainingConfig, weigh
 
     # Its C++ shared-memory op is used by inference only, and would be compiled at every first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon()
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     given = [{"params": g.parameters, "lr": g.lr, "peak_lr": g.lr, "name": g.name} for g in groups]
     optimizer = torch.optim.AdamW(
@@ -79,6 +82,13 @@ def initialize(model: UniMoE, groups: list[Group], config: TrainingConfig, weigh
     if dist.get_world_size() > 1:
         model.recorder.group_sum = GroupSum.apply
     return engine
+
+
+def _import_muon() -> None:
+    """DeepSpeed imports its Muon to know what is not Muon, and has parts of it compiled meanwhile: bringing torch's
+    compiler takes a second of every start."""
+    with mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda given: given)):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 def _drop_hooks(engine) -> None:

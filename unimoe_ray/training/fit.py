@@ -57,7 +57,7 @@ def fit(job: Job, config: Config, pool: Pool, use_gpu: bool) -> None:
             name=f"{label.replace('/', '-')}-{time.time_ns()}",
             storage_path=str(folder / "ray_train"),
             failure_config=FailureConfig(),
-            worker_runtime_env=standby.ENVIRONMENT,
+            worker_runtime_env=standby.environment(use_gpu),
             callbacks=[Observer(folder, label, elastic.hang_timeout), SaveOnTerminate()],
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=max(1, round(elastic.hang_timeout))),

@@ -27,11 +27,17 @@ from unimoe_ray.training import recovery
 log = logging.getLogger(__name__)
 
 BEGIN_WITH = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
-# Of workers, and of tasks that these start: else they would take the processes.
-ENVIRONMENT = {"env_vars": {BEGIN_WITH: f"{__name__}.load", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}}
+ACCELERATOR = "DS_ACCELERATOR"
+# Of tasks that workers start: with that of the workers they would take the processes.
 OTHERS = {"env_vars": {BEGIN_WITH: ""}}
 KEEP_S = 7 * 24 * 3600
 ANSWER_S, START_S = 10.0, 60.0
+
+
+def environment(use_gpu: bool) -> dict[str, dict[str, str]]:
+    """The runtime environment of workers."""
+    found = {BEGIN_WITH: f"{__name__}.load", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    return {"env_vars": found if use_gpu else found | {ACCELERATOR: "cpu"}}
 
 
 def load() -> None:
@@ -45,6 +51,11 @@ def load() -> None:
             continue
         # Nothing here may ask CUDA for its devices: which of them are this process's is said when it is taken.
         importlib.import_module("unimoe_ray.training.loop")
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("llama")  # which peft asks for: hundreds of patterns, compiled at first
+        if os.environ.get(ACCELERATOR) == "cpu":  # else DeepSpeed asks
+            importlib.import_module("deepspeed.ops")
         mine.rename(folder / f"ready-{os.getpid()}")
         recovery.mark("waiting")
         return
