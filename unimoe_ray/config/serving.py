@@ -58,6 +58,9 @@ class EngineConfig(Strict):
     kv_tokens: int | Literal["auto"] = Field("auto", description="auto: max_running times the longest sequence")
     max_step_tokens: int = Field(512, ge=1, description="tokens of one step; longer prompts are prefilled in chunks")
     max_waiting: int = Field(256, ge=0, description="admitted requests that wait for their turn; more: 429")
+    lookup_tokens: int = Field(
+        0, ge=0, le=16, description="tokens guessed from what was said before and checked in one step; 0: none"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on CPUs")
     threads: int | Literal["auto"] = Field("auto", description="CPU threads; auto: num_cpus of the language deployment")
 
