@@ -50,6 +50,29 @@ class EncoderConfig(DeploymentConfig):
     batch_wait_s: float = Field(0.005, ge=0)
 
 
+class ExpertGroupConfig(Strict):
+    """A replica of the language model as a group of actors: ``size`` members hold its experts, the replica the rest.
+    ``placement`` has what decides which member holds which experts, and when they move."""
+
+    size: int = Field(0, ge=0, description="members of the group; 0: the replica has all experts")
+    num_cpus: float = Field(1.0, ge=0, description="of each member")
+    num_gpus: float = Field(0.0, ge=0, description="of each member")
+    interval: int = Field(2000, ge=0, description="engine steps between plans; 0: experts stay")
+
+
+class LanguageConfig(DeploymentConfig):
+    expert_parallel: ExpertGroupConfig = ExpertGroupConfig()
+
+    @property
+    def replica_cpus(self) -> float:
+        """Of a replica and its group."""
+        return self.num_cpus + self.expert_parallel.size * self.expert_parallel.num_cpus
+
+    @property
+    def replica_gpus(self) -> float:
+        return self.num_gpus + self.expert_parallel.size * self.expert_parallel.num_gpus
+
+
 class EngineConfig(Strict):
     """Continuous batching. ``kv_tokens`` is the budget of the KV cache: a request is admitted when its prompt and all
     tokens that it may generate fit in it."""
@@ -101,7 +124,7 @@ class ServingConfig(Strict):
     ingress: DeploymentConfig = DeploymentConfig(
         num_cpus=0.5, max_ongoing_requests=512, target_ongoing_requests=64, max_queued_requests=512
     )
-    language: DeploymentConfig = DeploymentConfig(
+    language: LanguageConfig = LanguageConfig(
         max_replicas=1, target_ongoing_requests=16, max_ongoing_requests=64, max_queued_requests=64
     )
     image: EncoderConfig = EncoderConfig()
