@@ -20,7 +20,8 @@ from unimoe_ray.data.schema import Media, Sample
 from unimoe_ray.data.shorten import shorten
 from unimoe_ray.inference.async_engine import AsyncEngine
 from unimoe_ray.inference.engine import Engine
-from unimoe_ray.inference.request import Admitted, GenerationRequest, Output
+from unimoe_ray.inference.request import Admitted, Backend, GenerationRequest, Output
+from unimoe_ray.inference.vllm_engine import VllmEngine
 from unimoe_ray.training.checkpoint import WEIGHTS, load_model
 
 logger = logging.getLogger("ray.serve")
@@ -45,9 +46,12 @@ class LanguageModel:
         if serving.language.expert_parallel.size:
             self._group = experts.make_group(model, Path(model_dir) / WEIGHTS, run, dtype)
         model.to("cuda" if on_gpu else "cpu", dtype)
-        self._engine = Engine(model, tokenizer, serving.engine, keep_weights=False)
+        if serving.engine.backend == "vllm":
+            self._engine = VllmEngine(model, tokenizer, serving.engine, torch.get_num_threads())
+        else:
+            self._engine = Engine(model, tokenizer, serving.engine, keep_weights=False)
         self._experts = tuple(info.model["moe"]["slots"]) if info.sparse else ()
-        self._backend: AsyncEngine | None = None
+        self._backend: Backend | None = None
         self._metrics = LanguageMetrics(self._experts)
 
     async def generate(self, task: Task, *soft_tokens: np.ndarray) -> AsyncIterator[Started | Output]:
@@ -99,10 +103,10 @@ class LanguageModel:
         if self._group is not None:
             await asyncio.to_thread(experts.check, self._group)
 
-    def _running(self) -> AsyncEngine:
+    def _running(self) -> Backend:
         """The backend belongs to the event loop of requests, in which the constructor does not run."""
         if self._backend is None:
-            self._backend = AsyncEngine(self._engine)
+            self._backend = AsyncEngine(self._engine) if isinstance(self._engine, Engine) else self._engine
             self._reporting = asyncio.create_task(self._report())
         return self._backend
 

@@ -77,6 +77,8 @@ class EngineConfig(Strict):
     """Continuous batching. ``kv_tokens`` is the budget of the KV cache: a request is admitted when its prompt and all
     tokens that it may generate fit in it."""
 
+    backend: Literal["native", "vllm"] = Field("native", description="vllm: in the environment of vllm_python")
+    vllm_python: str | None = Field(None, description="Python of an environment made by serve/vllm_env.sh")
     max_running: int = Field(16, ge=1, description="requests that generate together")
     kv_tokens: int | Literal["auto"] = Field("auto", description="auto: max_running times the longest sequence")
     max_step_tokens: int = Field(512, ge=1, description="tokens of one step; longer prompts are prefilled in chunks")
@@ -93,6 +95,14 @@ class EngineConfig(Strict):
         if isinstance(value, int) and value < 1:
             raise ValueError("allowed: 'auto' or a number from 1")
         return value
+
+    @model_validator(mode="after")
+    def _vllm_has_what_it_needs(self) -> EngineConfig:
+        if self.backend == "vllm" and self.vllm_python is None:
+            raise ValueError("backend is vllm, but vllm_python is not given; serve/vllm_env.sh makes its environment")
+        if self.backend == "vllm" and self.lookup_tokens:
+            raise ValueError(f"lookup_tokens is {self.lookup_tokens}; allowed with backend vllm: 0")
+        return self
 
 
 class LimitsConfig(Strict):
@@ -146,4 +156,7 @@ class ServingConfig(Strict):
         for name in ("ingress", "language"):
             if getattr(self, name).min_replicas < 1:
                 raise ValueError(f"{name}.min_replicas is 0; allowed: from 1 (only encoders may go)")
+        size = self.language.expert_parallel.size
+        if size and self.engine.backend == "vllm":
+            raise ValueError(f"language.expert_parallel.size is {size}; allowed with engine.backend vllm: 0")
         return self
