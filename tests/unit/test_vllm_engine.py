@@ -189,6 +189,9 @@ def test_a_python_without_vllm_is_said():
     [
         ({"engine": {"backend": "vllm"}}, "vllm_python is not given"),
         ({"engine": {"backend": "vllm", "vllm_python": "p", "lookup_tokens": 2}}, "lookup_tokens is 2; allowed"),
+        ({"engine": {"backend": "vllm", "vllm_python": "p", "precision": "int8"}}, "precision is int8; allowed"),
+        ({"engine": {"precision": "int8"}, "language": {"num_gpus": 1}}, "int8; allowed on CPUs"),
+        ({"engine": {"precision": "int8"}, "language": {"expert_parallel": {"size": 2}}}, "int8; allowed on CPUs"),
         (
             {"engine": {"backend": "vllm", "vllm_python": "p"}, "language": {"expert_parallel": {"size": 2}}},
             "expert_parallel.size is 2; allowed with engine.backend vllm: 0",

@@ -86,7 +86,9 @@ class EngineConfig(Strict):
     lookup_tokens: int = Field(
         0, ge=0, le=16, description="tokens guessed from what was said before and checked in one step; 0: none"
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on CPUs")
+    precision: Literal["auto", "fp32", "bf16", "int8"] = Field(
+        "auto", description="auto: bf16 on a GPU, fp32 on CPUs; int8: weights only, with the compiled kernel on CPUs"
+    )
     threads: int | Literal["auto"] = Field("auto", description="CPU threads; auto: num_cpus of the language deployment")
 
     @field_validator("kv_tokens", "threads")
@@ -102,6 +104,8 @@ class EngineConfig(Strict):
             raise ValueError("backend is vllm, but vllm_python is not given; serve/vllm_env.sh makes its environment")
         if self.backend == "vllm" and self.lookup_tokens:
             raise ValueError(f"lookup_tokens is {self.lookup_tokens}; allowed with backend vllm: 0")
+        if self.backend == "vllm" and self.precision == "int8":
+            raise ValueError("precision is int8; allowed with backend vllm: auto, fp32, bf16")
         return self
 
 
@@ -159,4 +163,6 @@ class ServingConfig(Strict):
         size = self.language.expert_parallel.size
         if size and self.engine.backend == "vllm":
             raise ValueError(f"language.expert_parallel.size is {size}; allowed with engine.backend vllm: 0")
+        if self.engine.precision == "int8" and (size or self.language.num_gpus):
+            raise ValueError("engine.precision is int8; allowed on CPUs without expert_parallel only")
         return self

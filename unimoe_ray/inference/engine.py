@@ -40,7 +40,8 @@ class Engine:
     cache stays as long as nobody needs the room: a prompt that begins like one of them, or like one that runs, goes on
     from there.
 
-    keep_weights: False when nobody else needs the model; its layers may then be emptied
+    keep_weights: False when nobody else needs the model; its layers may then be emptied. Raises KernelUnavailable where
+    int8 is wanted in vain.
     """
 
     def __init__(self, model: UniMoE, tokenizer: Tokenizer, config: EngineConfig, keep_weights: bool = True):
@@ -57,7 +58,7 @@ class Engine:
             embedding.weight.dtype,
             embedding.weight.device,
         )
-        self.decoder = make_decoder(model, self.arena, keep_weights=keep_weights)
+        self.decoder = make_decoder(model, self.arena, config.precision == "int8", keep_weights)
         self.prefixes = PrefixCache()
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
