@@ -230,7 +230,7 @@ class Engine:
         self.counters["drafted_tokens"] += len(draft)
         self.counters["accepted_tokens"] += accepted
         if draft:
-            sequence.guess = 2 * accepted + 1
+            sequence.learn(accepted)
         return parts[0] if not accepted else _joined(parts)
 
     def _advance(self, sequence: Sequence, token: int, logprobs: tuple[TokenLogprob, ...]) -> Output:

@@ -18,6 +18,7 @@ from unimoe_ray.inference.request import KINDS, GenerationRequest, RequestRefuse
 from unimoe_ray.inference.sampling import GREEDY_BELOW, Row
 from unimoe_ray.inference.text import TextStream
 
+LONGEST_PAUSE = 15
 ANSWER = KINDS.index("answer")
 _KIND_OF_PLACEHOLDER = {placeholder: KINDS.index(kind) for kind, placeholder in PLACEHOLDER_IDS.items()}
 
@@ -27,7 +28,7 @@ class Sequence:
     """ids [S] int64: the spliced prompt, 0 at soft tokens; soft: (first row, values [M, H]) of each file; kinds [S]:
     index into KINDS; keys [S] int64: what each token is, for ``Prefix``. ``cached``: tokens whose keys and values are
     in the arena, of which ``reused`` were copied there; experts [reserved, L, K]: where they were routed. draft: tokens
-    that are fed in this step to see whether they follow; ``guess``: how many to try next."""
+    that are fed in this step to see whether they follow."""
 
     request: GenerationRequest
     ids: np.ndarray
@@ -42,7 +43,9 @@ class Sequence:
     reused: int = 0
     generated: list[int] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
-    guess: int = 1
+    _guess: int = 1  # tokens to try next,
+    _pause: int = 0  # after so many without,
+    _misses: int = 0  # and after so many more the time after
     arrived: float = field(default_factory=time.monotonic)
     experts: np.ndarray | None = None
 
@@ -110,9 +113,19 @@ class Sequence:
 
     def look_up(self, most: int) -> int:
         """Makes a draft of at most so many tokens; returns its length."""
-        most = min(most, self.guess, self.max_new_tokens - len(self.generated) - 1)
+        if self._pause:
+            self._pause -= 1
+            return 0
+        most = min(most, self._guess, self.max_new_tokens - len(self.generated) - 1)
         self.draft = propose(np.append(self.keys, np.array(self.generated, np.int64)), most) if most > 0 else []
         return len(self.draft)
+
+    def learn(self, accepted: int) -> None:
+        """So many of its draft's tokens were right. Drafts get longer as long as they are, and rarer while none is: a
+        wrong one costs up to a whole step."""
+        self._guess = 2 * accepted + 1
+        self._misses = 0 if accepted else min(2 * self._misses + 1, LONGEST_PAUSE)
+        self._pause = self._misses
 
     def all_kinds(self) -> np.ndarray:
         """[cached] index into KINDS, of the tokens fed so far."""
