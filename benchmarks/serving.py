@@ -1,7 +1,7 @@
 """The engine beside Hugging Face's and vLLM's: tokens per second and time to the first token.
 
     python benchmarks/serving.py                        both models, at 1, 4, 16 and 64 requests
-    python benchmarks/serving.py --vllm FOLDER          with vLLM, whose environment benchmarks/vllm_env.sh makes
+    python benchmarks/serving.py --vllm FOLDER          with vLLM, whose environment serve/vllm_env.sh makes
     python benchmarks/serving.py --small                the small model at 1 and 4 requests, one round: does it run
 
 Every engine has the same weights (fp32, mixture in every layer, 4 experts, top-2), the same prompts (20 to 90 tokens)
@@ -244,7 +244,7 @@ def main() -> None:
     pythons[VLLM] = args.vllm / "bin/python" if args.vllm else None
     names = [name for name in ENGINES if name in {*args.engines, OURS, "HF generate"}]
     if VLLM in names and not (pythons[VLLM] and pythons[VLLM].exists()):
-        print(f"vLLM is left out: {args.vllm or 'no environment given'}; benchmarks/vllm_env.sh makes one (--vllm)")
+        print(f"vLLM is left out: {args.vllm or 'no environment given'}; serve/vllm_env.sh makes one (--vllm)")
         names.remove(VLLM)
     record = {"benchmark": "serving", "threads": args.threads, "rounds": args.rounds, "load": os.getloadavg()[0]}
     for size in args.sizes:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from serve import experts
 from serve.calls import Started, Task
 from serve.metrics import LanguageMetrics
 from unimoe_ray.config import parse
@@ -19,8 +20,9 @@ from unimoe_ray.data.schema import Media, Sample
 from unimoe_ray.data.shorten import shorten
 from unimoe_ray.inference.async_engine import AsyncEngine
 from unimoe_ray.inference.engine import Engine
-from unimoe_ray.inference.request import Admitted, GenerationRequest, Output
-from unimoe_ray.training.checkpoint import load_model
+from unimoe_ray.inference.request import Admitted, Backend, GenerationRequest, Output
+from unimoe_ray.inference.vllm_engine import VllmEngine
+from unimoe_ray.training.checkpoint import WEIGHTS, load_model
 
 logger = logging.getLogger("ray.serve")
 METRICS_INTERVAL_S = 1.0
@@ -39,10 +41,17 @@ class LanguageModel:
         self._shorten = run.data.too_long == "shorten"
         on_gpu = bool(serving.language.num_gpus) and torch.cuda.is_available()
         in_bf16 = serving.engine.precision == "bf16" or (serving.engine.precision == "auto" and on_gpu)
-        model.to("cuda" if on_gpu else "cpu", torch.bfloat16 if in_bf16 else torch.float32)
-        self._engine = Engine(model, tokenizer, serving.engine, keep_weights=False)
+        dtype = torch.bfloat16 if in_bf16 else torch.float32
+        self._group = None
+        if serving.language.expert_parallel.size:
+            self._group = experts.make_group(model, Path(model_dir) / WEIGHTS, run, dtype)
+        model.to("cuda" if on_gpu else "cpu", dtype)
+        if serving.engine.backend == "vllm":
+            self._engine = VllmEngine(model, tokenizer, serving.engine, torch.get_num_threads())
+        else:
+            self._engine = Engine(model, tokenizer, serving.engine, keep_weights=False)
         self._experts = tuple(info.model["moe"]["slots"]) if info.sparse else ()
-        self._backend: AsyncEngine | None = None
+        self._backend: Backend | None = None
         self._metrics = LanguageMetrics(self._experts)
 
     async def generate(self, task: Task, *soft_tokens: np.ndarray) -> AsyncIterator[Started | Output]:
@@ -86,15 +95,18 @@ class LanguageModel:
         """Counters and gauges of the engine. Raises RuntimeError when it no longer runs."""
         backend = self._running()
         backend.check()
-        return backend.stats() | {"pid": os.getpid()}
+        moves = {} if self._group is None else {"expert_moves": self._group.moves}
+        return backend.stats() | moves | {"pid": os.getpid()}
 
     async def check_health(self) -> None:
         self._running().check()
+        if self._group is not None:
+            await asyncio.to_thread(experts.check, self._group)
 
-    def _running(self) -> AsyncEngine:
+    def _running(self) -> Backend:
         """The backend belongs to the event loop of requests, in which the constructor does not run."""
         if self._backend is None:
-            self._backend = AsyncEngine(self._engine)
+            self._backend = AsyncEngine(self._engine) if isinstance(self._engine, Engine) else self._engine
             self._reporting = asyncio.create_task(self._report())
         return self._backend
 

@@ -49,7 +49,8 @@ def serving(settings: Config, console: Console, stop: threading.Event) -> Iterat
         raise UnimoeError(f"port {options.port} is in use on this machine; give another one with --port")
     parts = (options.ingress, options.language, options.image, options.speech, options.audio)
     started = time.monotonic()
-    with cluster.connect(settings, local_cpus=sum(part.num_cpus * part.max_replicas for part in parts)):
+    members = (options.language.replica_cpus - options.language.num_cpus) * options.language.max_replicas
+    with cluster.connect(settings, local_cpus=members + sum(part.num_cpus * part.max_replicas for part in parts)):
         from ray import serve
         from ray.serve.config import HTTPOptions
 

@@ -26,7 +26,7 @@ from unimoe_ray.config.model import PLACEHOLDER_IDS
 from unimoe_ray.inference.engine import Engine
 from unimoe_ray.inference.forward import Span, TorchDecoder
 from unimoe_ray.inference.kv_cache import Extent
-from unimoe_ray.inference.library import library
+from unimoe_ray.inference.library import KernelUnavailable, library
 from unimoe_ray.inference.native import NativeDecoder
 from unimoe_ray.inference.request import GenerationRequest, SamplingParams
 
@@ -142,3 +142,23 @@ def test_weights_of_fewer_bits(dtype, quantize, error):
     logits, _ = NativeDecoder(model, arena, quantize)(embeddings, spans, rows)
     off = (logits - exact).norm(dim=-1) / exact.norm(dim=-1)
     assert 0 < off.median() < error  # a token that is routed elsewhere is further off
+
+
+def test_int8_is_a_setting(monkeypatch):
+    """Answers do not depend on company there either; without the kernel there is no int8."""
+    requests = [make_request(i, random.Random(i)) for i in range(6)]
+    engine = Engine(MODEL, TOKENIZER, config(precision="int8"))
+    together = run(engine, requests, [0, 0, 1, 3, 5, 8])
+    for request in requests:
+        alone = run(Engine(MODEL, TOKENIZER, config(precision="int8")), [request])[request.id]
+        assert tokens_of(together[request.id]) == tokens_of(alone)
+    exact = run(Engine(MODEL, TOKENIZER, config()), requests)
+    same = [tokens_of(exact[name])[:1] == tokens_of(outputs)[:1] for name, outputs in together.items()]
+    assert sum(same) >= 5
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    library.cache_clear()
+    try:
+        with pytest.raises(KernelUnavailable, match="/nowhere/g"):
+            Engine(MODEL, TOKENIZER, config(precision="int8"))
+    finally:
+        library.cache_clear()

@@ -5,13 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from unimoe_ray.config.root import Config
-from unimoe_ray.config.serving import DeploymentConfig
+from unimoe_ray.config.serving import DeploymentConfig, LanguageConfig
 
 DEPLOYMENTS = ("image", "speech", "audio", "language", "ingress")
 
 
 def deployment_options(name: str, config: DeploymentConfig) -> dict[str, Any]:
     """Options of ``serve.deployment``, in the terms of Serve's config file as well."""
+    group = config.expert_parallel if isinstance(config, LanguageConfig) else None
+    bundles = {}
+    if group is not None and group.size:
+        # Bundle 0 is the replica's own; the whole group is placed at once or not at all.
+        resources = {"CPU": group.num_cpus, "GPU": group.num_gpus}
+        bundles = {
+            "placement_group_bundles": [
+                {"CPU": config.num_cpus, "GPU": config.num_gpus},
+                *[resources] * group.size,
+            ],
+            "placement_group_strategy": "PACK",
+        }
     return {
         "name": name,
         "max_ongoing_requests": config.max_ongoing_requests,
@@ -30,6 +42,7 @@ def deployment_options(name: str, config: DeploymentConfig) -> dict[str, Any]:
             "downscale_delay_s": config.downscale_delay_s,
             "look_back_period_s": config.look_back_period_s,
         },
+        **bundles,
     }
 
 

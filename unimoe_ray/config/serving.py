@@ -50,15 +50,45 @@ class EncoderConfig(DeploymentConfig):
     batch_wait_s: float = Field(0.005, ge=0)
 
 
+class ExpertGroupConfig(Strict):
+    """A replica of the language model as a group of actors: ``size`` members hold its experts, the replica the rest.
+    ``placement`` has what decides which member holds which experts, and when they move."""
+
+    size: int = Field(0, ge=0, description="members of the group; 0: the replica has all experts")
+    num_cpus: float = Field(1.0, ge=0, description="of each member")
+    num_gpus: float = Field(0.0, ge=0, description="of each member")
+    interval: int = Field(2000, ge=0, description="engine steps between plans; 0: experts stay")
+
+
+class LanguageConfig(DeploymentConfig):
+    expert_parallel: ExpertGroupConfig = ExpertGroupConfig()
+
+    @property
+    def replica_cpus(self) -> float:
+        """Of a replica and its group."""
+        return self.num_cpus + self.expert_parallel.size * self.expert_parallel.num_cpus
+
+    @property
+    def replica_gpus(self) -> float:
+        return self.num_gpus + self.expert_parallel.size * self.expert_parallel.num_gpus
+
+
 class EngineConfig(Strict):
     """Continuous batching. ``kv_tokens`` is the budget of the KV cache: a request is admitted when its prompt and all
     tokens that it may generate fit in it."""
 
+    backend: Literal["native", "vllm"] = Field("native", description="vllm: in the environment of vllm_python")
+    vllm_python: str | None = Field(None, description="Python of an environment made by serve/vllm_env.sh")
     max_running: int = Field(16, ge=1, description="requests that generate together")
     kv_tokens: int | Literal["auto"] = Field("auto", description="auto: max_running times the longest sequence")
     max_step_tokens: int = Field(512, ge=1, description="tokens of one step; longer prompts are prefilled in chunks")
     max_waiting: int = Field(256, ge=0, description="admitted requests that wait for their turn; more: 429")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on CPUs")
+    lookup_tokens: int = Field(
+        0, ge=0, le=16, description="tokens guessed from what was said before and checked in one step; 0: none"
+    )
+    precision: Literal["auto", "fp32", "bf16", "int8"] = Field(
+        "auto", description="auto: bf16 on a GPU, fp32 on CPUs; int8: weights only, with the compiled kernel on CPUs"
+    )
     threads: int | Literal["auto"] = Field("auto", description="CPU threads; auto: num_cpus of the language deployment")
 
     @field_validator("kv_tokens", "threads")
@@ -67,6 +97,16 @@ class EngineConfig(Strict):
         if isinstance(value, int) and value < 1:
             raise ValueError("allowed: 'auto' or a number from 1")
         return value
+
+    @model_validator(mode="after")
+    def _vllm_has_what_it_needs(self) -> EngineConfig:
+        if self.backend == "vllm" and self.vllm_python is None:
+            raise ValueError("backend is vllm, but vllm_python is not given; serve/vllm_env.sh makes its environment")
+        if self.backend == "vllm" and self.lookup_tokens:
+            raise ValueError(f"lookup_tokens is {self.lookup_tokens}; allowed with backend vllm: 0")
+        if self.backend == "vllm" and self.precision == "int8":
+            raise ValueError("precision is int8; allowed with backend vllm: auto, fp32, bf16")
+        return self
 
 
 class LimitsConfig(Strict):
@@ -98,7 +138,7 @@ class ServingConfig(Strict):
     ingress: DeploymentConfig = DeploymentConfig(
         num_cpus=0.5, max_ongoing_requests=512, target_ongoing_requests=64, max_queued_requests=512
     )
-    language: DeploymentConfig = DeploymentConfig(
+    language: LanguageConfig = LanguageConfig(
         max_replicas=1, target_ongoing_requests=16, max_ongoing_requests=64, max_queued_requests=64
     )
     image: EncoderConfig = EncoderConfig()
@@ -120,4 +160,9 @@ class ServingConfig(Strict):
         for name in ("ingress", "language"):
             if getattr(self, name).min_replicas < 1:
                 raise ValueError(f"{name}.min_replicas is 0; allowed: from 1 (only encoders may go)")
+        size = self.language.expert_parallel.size
+        if size and self.engine.backend == "vllm":
+            raise ValueError(f"language.expert_parallel.size is {size}; allowed with engine.backend vllm: 0")
+        if self.engine.precision == "int8" and (size or self.language.num_gpus):
+            raise ValueError("engine.precision is int8; allowed on CPUs without expert_parallel only")
         return self

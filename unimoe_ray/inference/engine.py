@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,12 @@ class Engine:
     """Not thread-safe but for ``start``; ``AsyncEngine`` runs it.
 
     Scheduling is first come, first served. Generating requests get one token each in every step; what is left of
-    ``max_step_tokens`` goes to prompts, oldest first. What sequences leave in the cache stays as long as nobody needs
-    the room: a prompt that begins like one of them, or like one that runs, goes on from there.
+    ``max_step_tokens`` goes to prompts, oldest first, then to guesses (``lookup_tokens``). What sequences leave in the
+    cache stays as long as nobody needs the room: a prompt that begins like one of them, or like one that runs, goes on
+    from there.
 
-    keep_weights: False when nobody else needs the model; its layers may then be emptied
+    keep_weights: False when nobody else needs the model; its layers may then be emptied. Raises KernelUnavailable where
+    int8 is wanted in vain.
     """
 
     def __init__(self, model: UniMoE, tokenizer: Tokenizer, config: EngineConfig, keep_weights: bool = True):
@@ -55,7 +58,7 @@ class Engine:
             embedding.weight.dtype,
             embedding.weight.device,
         )
-        self.decoder = make_decoder(model, self.arena, keep_weights=keep_weights)
+        self.decoder = make_decoder(model, self.arena, config.precision == "int8", keep_weights)
         self.prefixes = PrefixCache()
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -64,8 +67,8 @@ class Engine:
         # [KINDS, L, E] routed slots since the start
         self.expert_load = np.zeros((len(KINDS), len(sparse), experts), np.int64)
         self._slots = (len(sparse), sparse[0].top_k if sparse else 1)
-        counted = ("steps", "prompt_tokens", "reused_tokens", "generated_tokens", "finished", "cancelled")
-        self.counters = dict.fromkeys(counted, 0)
+        counted = ("steps", "prompt_tokens", "reused_tokens", "generated_tokens", "drafted_tokens", "accepted_tokens")
+        self.counters = dict.fromkeys((*counted, "finished", "cancelled"), 0)
         # Observations that a metrics exporter drains; the oldest are lost when nobody does.
         self.queue_seconds: deque[float] = deque(maxlen=4096)
         self.step_tokens: deque[int] = deque(maxlen=4096)
@@ -110,11 +113,13 @@ class Engine:
             return []
         ends = np.cumsum([count for _, count in plan]).tolist()
         spans = [Span(sequence.extent.start, sequence.cached, count) for sequence, count in plan]
-        ready = [
-            (sequence, end - 1) for (sequence, count), end in zip(plan, ends, strict=True) if sequence.left == count
-        ]
+        ready, wanted = [], []
+        for (sequence, count), end in zip(plan, ends, strict=True):
+            if sequence.left + len(sequence.draft) == count:
+                ready.append(sequence)
+                wanted += range(end - 1 - len(sequence.draft), end)
         embeddings = embed_next(plan, self._table)
-        logits, chosen = self.decoder(embeddings, spans, [end for _, end in ready])
+        logits, chosen = self.decoder(embeddings, spans, wanted)
         routed = chosen.numpy().swapaxes(0, 1)  # [T, L, K]
         for (sequence, count), end in zip(plan, ends, strict=True):
             first, last = sequence.cached, sequence.cached + count
@@ -123,7 +128,7 @@ class Engine:
             sequence.cached = last
         self.counters["steps"] += 1
         self.step_tokens.append(ends[-1])
-        return self._sample([sequence for sequence, _ in ready], logits) if ready else []
+        return self._sample(ready, logits) if ready else []
 
     def stats(self) -> dict[str, Any]:
         return self.counters | {
@@ -176,27 +181,57 @@ class Engine:
                 count = min(sequence.left, budget)
                 plan.append((sequence, count))
                 budget -= count
+        if not self.config.lookup_tokens:
+            return plan
+        # Guesses take what prompts leave.
+        budget = self.config.max_step_tokens - sum(count for _, count in plan)
+        for index, (sequence, count) in enumerate(plan):
+            if sequence.left == 1 == count and budget > 0:
+                drafted = sequence.look_up(min(self.config.lookup_tokens, budget))
+                plan[index] = (sequence, 1 + drafted)
+                budget -= drafted
         return plan
 
     @torch.inference_mode()
     def _sample(self, ready: list[Sequence], logits: torch.Tensor) -> list[Output]:
+        """``logits``: of the next token of each and of those after its draft, end to end."""
         tokens = likeliest(logits)
         sound = torch.isfinite(logits.gather(1, tokens[:, None])[:, 0])
         if not all(sequence.takes_the_likeliest for sequence in ready):
-            rows = [sequence.row for sequence in ready]
+            rows = [row for sequence in ready for row in sequence.rows()]
             tokens = sample(torch.where(sound[:, None], logits, 0.0), rows)
-        wanted = [sequence.request.params.logprobs for sequence in ready]
-        most = max((k for k in wanted if k is not None), default=None)
+        most = max((k for s in ready if (k := s.request.params.logprobs) is not None), default=None)
         reported = None if most is None else top_logprobs(logits, tokens, most)
-        outputs = []
-        for index, (token, is_sound) in enumerate(zip(tokens.tolist(), sound.tolist(), strict=True)):
-            sequence = ready[index]
-            if not is_sound:
-                outputs.append(self._finish(sequence, "error", error="the model's logits are not finite numbers"))
-                continue
-            logprobs = () if wanted[index] is None else (self._describe(token, reported[index], wanted[index]),)
-            outputs.append(self._advance(sequence, token, logprobs))
+        found = list(zip(tokens.tolist(), sound.tolist(), reported or [None] * len(tokens), strict=True))
+        outputs, first = [], 0
+        for sequence in ready:
+            last = first + len(sequence.draft) + 1
+            outputs.append(self._accept(sequence, found[first:last]))
+            first = last
         return outputs
+
+    def _accept(self, sequence: Sequence, found: list[tuple[int, bool, Any]]) -> Output:
+        """The next token, and those after it as long as the draft was right. ``found``: of each place the token,
+        whether its logits are sound, and what ``top_logprobs`` says of it."""
+        draft, sequence.draft = sequence.draft, []
+        k = sequence.request.params.logprobs
+        parts: list[Output] = []
+        for place, (token, is_sound, reported) in enumerate(found):
+            # Of a wrong draft's tokens nothing is kept; the last token is not fed yet.
+            sequence.cached = sequence.prompt_tokens + len(sequence.generated)
+            if not is_sound:
+                parts.append(self._finish(sequence, "error", error="the model's logits are not finite numbers"))
+                break
+            logprobs = () if k is None else (self._describe(token, reported, k),)
+            parts.append(self._advance(sequence, token, logprobs))
+            if parts[-1].finish_reason is not None or [token] != draft[place : place + 1]:
+                break
+        accepted = len(parts) - 1
+        self.counters["drafted_tokens"] += len(draft)
+        self.counters["accepted_tokens"] += accepted
+        if draft:
+            sequence.learn(accepted)
+        return parts[0] if not accepted else _joined(parts)
 
     def _advance(self, sequence: Sequence, token: int, logprobs: tuple[TokenLogprob, ...]) -> Output:
         self.counters["generated_tokens"] += 1
@@ -247,3 +282,13 @@ class Engine:
         place = sequence.all_kinds()[first:, None] * shape[1] + np.arange(shape[1])
         flat = place[..., None] * shape[2] + sequence.experts[first : sequence.cached]
         return np.bincount(flat.ravel(), minlength=self.expert_load.size).reshape(shape)
+
+
+def _joined(parts: list[Output]) -> Output:
+    """Outputs of one request, in order, as one."""
+    return replace(
+        parts[-1],
+        text="".join(part.text for part in parts),
+        token_ids=tuple(token for part in parts for token in part.token_ids),
+        logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
+    )

@@ -15,6 +15,9 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 #include <omp.h>
 #include <sys/mman.h>
 
@@ -38,8 +41,14 @@ static inline Vec load(const float *p) { return *(const Vec *)p; }
 static inline Vec load(const Bf16 *p) {
     return (Vec)(__builtin_convertvector(*(const Half *)p, Word) << 16);
 }
-static inline Vec load(const int8_t *p) {
+static inline Vec load(const int8_t *p) {  // GCC converts bytes one by one if left to it
+#if defined(__AVX512F__)
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(__AVX2__)
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
     return __builtin_convertvector(__builtin_convertvector(*(const Byte *)p, Int), Vec);
+#endif
 }
 static inline void store(float *p, Vec v) { *(Vec *)p = v; }
 static inline Vec all(float x) { return x - Vec{}; }

@@ -226,6 +226,8 @@ def _check(model: UniMoE) -> None:
     for layer in decoder.layers:
         attention, mlp = layer.self_attn, layer.mlp
         sparse = isinstance(mlp, SparseFeedForward)
+        if sparse and len(mlp.experts) < mlp.num_experts:
+            raise KernelUnavailable("experts in other processes")
         if sparse and mlp.num_experts > MAX_EXPERTS:
             raise KernelUnavailable(f"{mlp.num_experts} experts; it takes {MAX_EXPERTS}")
         experts = list(mlp.experts) if sparse else [mlp]

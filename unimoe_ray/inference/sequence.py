@@ -12,11 +12,13 @@ from tokenizers import Tokenizer
 
 from unimoe_ray.config.model import PLACEHOLDER_IDS
 from unimoe_ray.inference.kv_cache import Extent
+from unimoe_ray.inference.lookup import propose
 from unimoe_ray.inference.prefixes import Prefix, content_keys
 from unimoe_ray.inference.request import KINDS, GenerationRequest, RequestRefused
 from unimoe_ray.inference.sampling import GREEDY_BELOW, Row
 from unimoe_ray.inference.text import TextStream
 
+LONGEST_PAUSE = 15
 ANSWER = KINDS.index("answer")
 _KIND_OF_PLACEHOLDER = {placeholder: KINDS.index(kind) for kind, placeholder in PLACEHOLDER_IDS.items()}
 
@@ -25,7 +27,8 @@ _KIND_OF_PLACEHOLDER = {placeholder: KINDS.index(kind) for kind, placeholder in 
 class Sequence:
     """ids [S] int64: the spliced prompt, 0 at soft tokens; soft: (first row, values [M, H]) of each file; kinds [S]:
     index into KINDS; keys [S] int64: what each token is, for ``Prefix``. ``cached``: tokens whose keys and values are
-    in the arena, of which ``reused`` were copied there; experts [reserved, L, K]: where they were routed."""
+    in the arena, of which ``reused`` were copied there; experts [reserved, L, K]: where they were routed. draft: tokens
+    that are fed in this step to see whether they follow."""
 
     request: GenerationRequest
     ids: np.ndarray
@@ -39,6 +42,10 @@ class Sequence:
     cached: int = 0
     reused: int = 0
     generated: list[int] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)
+    _guess: int = 1  # tokens to try next,
+    _pause: int = 0  # after so many without,
+    _misses: int = 0  # and after so many more the time after
     arrived: float = field(default_factory=time.monotonic)
     experts: np.ndarray | None = None
 
@@ -97,9 +104,28 @@ class Sequence:
         params = self.request.params
         return params.temperature < GREEDY_BELOW and not (params.frequency_penalty or params.presence_penalty)
 
-    @property
-    def row(self) -> Row:
-        return Row(self.request.params, self.generated, self.seed)
+    def rows(self) -> list[Row]:
+        """One for the next token, and one for each after a draft token, as if all before it followed."""
+        return [
+            Row(self.request.params, self.generated + self.draft[:count], self.seed)
+            for count in range(len(self.draft) + 1)
+        ]
+
+    def look_up(self, most: int) -> int:
+        """Makes a draft of at most so many tokens; returns its length."""
+        if self._pause:
+            self._pause -= 1
+            return 0
+        most = min(most, self._guess, self.max_new_tokens - len(self.generated) - 1)
+        self.draft = propose(np.append(self.keys, np.array(self.generated, np.int64)), most) if most > 0 else []
+        return len(self.draft)
+
+    def learn(self, accepted: int) -> None:
+        """So many of its draft's tokens were right. Drafts get longer as long as they are, and rarer while none is: a
+        wrong one costs up to a whole step."""
+        self._guess = 2 * accepted + 1
+        self._misses = 0 if accepted else min(2 * self._misses + 1, LONGEST_PAUSE)
+        self._pause = self._misses
 
     def all_kinds(self) -> np.ndarray:
         """[cached] index into KINDS, of the tokens fed so far."""
@@ -117,15 +143,16 @@ def embed_next(plan: list[tuple[Sequence, int]], table: torch.Tensor) -> torch.T
     places: list[tuple[int, torch.Tensor]] = []
     for sequence, count in plan:
         first, last = sequence.cached, sequence.cached + count
+        answer = sequence.generated + sequence.draft if sequence.draft else sequence.generated
         if first >= sequence.prompt_tokens:
-            ids += sequence.generated[first - sequence.prompt_tokens : last - sequence.prompt_tokens]
+            ids += answer[first - sequence.prompt_tokens : last - sequence.prompt_tokens]
             continue
         for begin, values in sequence.soft:
             low, high = max(first, begin), min(last, begin + len(values))
             if low < high:
                 places.append((len(ids) + low - first, values[low - begin : high - begin]))
         ids += sequence.ids[first:last].tolist()
-        ids += sequence.generated[: max(0, last - sequence.prompt_tokens)]
+        ids += answer[: max(0, last - sequence.prompt_tokens)]
     embeddings = table.index_select(0, torch.tensor(ids, device=table.device))
     for place, values in places:
         embeddings[place : place + len(values)] = values.to(embeddings)

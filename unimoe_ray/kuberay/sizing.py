@@ -94,8 +94,8 @@ def plan(config: Config, overlay: Overlay, sizes: Sizes) -> Plan:
             (large, large_name),
             runs=[(1, language)],
             # An ingress replica and Serve's proxy have the other one.
-            cpus=math.ceil(serving.language.num_cpus) + 1,
-            gpus=math.ceil(serving.language.num_gpus),
+            cpus=math.ceil(serving.language.replica_cpus) + 1,
+            gpus=math.ceil(serving.language.replica_gpus),
             counts=(serving.language.min_replicas, serving.language.max_replicas),
         ),
     ]

