@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from unimoe_ray.data.schema import Media, Sample
 from unimoe_ray.data.shorten import shorten
 from unimoe_ray.inference.async_engine import AsyncEngine
 from unimoe_ray.inference.engine import Engine
-from unimoe_ray.inference.request import Admitted, GenerationRequest, Output
+from unimoe_ray.inference.request import Admitted, EngineStopped, GenerationRequest, Output
 from unimoe_ray.training.checkpoint import load_model
 
 logger = logging.getLogger("ray.serve")
@@ -63,6 +64,8 @@ class LanguageModel:
                         tokens += len(item.token_ids)
                         yield item
             ended = True
+        except EngineStopped as error:
+            _end(error)
         finally:
             logger.info(f"generated {tokens} tokens" if ended else f"left after {tokens} tokens: the slot is free")
 
@@ -83,13 +86,15 @@ class LanguageModel:
         return ids, ""
 
     async def ready(self) -> dict:
-        """Counters and gauges of the engine. Raises RuntimeError when it no longer runs."""
-        backend = self._running()
-        backend.check()
-        return backend.stats() | {"pid": os.getpid()}
+        """Counters and gauges of the engine."""
+        await self.check_health()
+        return self._running().stats() | {"pid": os.getpid()}
 
     async def check_health(self) -> None:
-        self._running().check()
+        try:
+            self._running().check()
+        except EngineStopped as error:
+            _end(error)
 
     def _running(self) -> AsyncEngine:
         """The backend belongs to the event loop of requests, in which the constructor does not run."""
@@ -106,3 +111,11 @@ class LanguageModel:
                 [seen.popleft() for _ in range(len(seen))] for seen in (engine.queue_seconds, engine.step_tokens)
             )
             self._metrics.update(engine.stats(), engine.expert_load.copy(), queue, steps)
+
+
+def _end(error: EngineStopped) -> NoReturn:
+    """The end of this replica. Serve starts another at once, and who asked goes on there; an engine without its thread
+    would answer with errors until Serve had found out."""
+    logger.critical(f"this replica ends: {error}")
+    logging.shutdown()
+    os._exit(1)

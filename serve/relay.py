@@ -122,6 +122,7 @@ class Relay:
                     self._metrics.retries.inc()
                 else:
                     await asyncio.sleep(BUSY_WAIT_S)
+        self._refuse_crashers(call)
         message = "the model's replicas keep ending; try again later"
         raise ApiError(503, message, code="replica_lost", retry_after=self._retry_after_s)
 
@@ -173,10 +174,13 @@ class Relay:
             self._cache.put(key, response)
             return response
         async with self._turn(file.kind, alone=True):
-            response = self._encoders[file.kind].encode.remote(replace(file, alone=True))
-            if (outcome := await _settled(response)) is not None and _is_a(outcome, CRASHED):
-                self._suspects.crashed(key, alone=True)
+            while True:
                 self._refuse_crashers(_Call("", [file], [key]))
+                response = self._encoders[file.kind].encode.remote(replace(file, alone=True))
+                outcome = await _settled(response)
+                if outcome is None or not _is_a(outcome, CRASHED):
+                    break
+                self._suspects.crashed(key, alone=True)
             self._suspects.clear(key)
         self._cache.put(key, response)
         return response
@@ -193,9 +197,10 @@ class Relay:
     def _refuse_crashers(self, call: _Call) -> None:
         for file, key in zip(call.files, call.keys, strict=True):
             if self._suspects.is_refused(key):
-                raise ApiError(400, f"{file.name}: this file has crashed its encoder twice", file.name, "crashes")
+                message = f"{file.name}: this file has crashed its encoder twice, alone in it"
+                raise ApiError(400, message, file.name, "crashes")
         if self._suspects.is_refused(call.key):
-            raise ApiError(400, "this request has crashed the model twice", "messages", "crashes")
+            raise ApiError(400, "this request has crashed the model twice, alone in it", "messages", "crashes")
 
     async def _was_lost(self, call: _Call, encoded: list[DeploymentResponse], error: BaseException) -> bool:
         """After an error of the language model's call, which may be one of the encoders' whose answers it waited for:

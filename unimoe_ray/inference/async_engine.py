@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from unimoe_ray.inference.engine import Engine
-from unimoe_ray.inference.request import Admitted, EngineBusy, GenerationRequest, Output
+from unimoe_ray.inference.request import Admitted, EngineBusy, EngineStopped, GenerationRequest, Output
 from unimoe_ray.inference.sequence import Sequence
 
 STOPPED = "the engine has stopped"
@@ -28,7 +28,7 @@ class AsyncEngine:
         self._inbox: deque[Sequence | str] = deque()
         self._wake = threading.Event()
         self._closing = False
-        self._streams: dict[str, asyncio.Queue[Output]] = {}
+        self._streams: dict[str, asyncio.Queue[Output | EngineStopped]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -47,6 +47,8 @@ class AsyncEngine:
             yield Admitted(sequence.prompt_tokens, sequence.max_new_tokens)
             while not finished:
                 output = await queue.get()
+                if isinstance(output, EngineStopped):
+                    raise output
                 finished = output.finish_reason is not None
                 yield output
         finally:
@@ -59,7 +61,7 @@ class AsyncEngine:
 
     def check(self) -> None:
         if not self._thread.is_alive():
-            raise RuntimeError(STOPPED)
+            raise EngineStopped(STOPPED)
 
     def close(self) -> None:
         self._closing = True
@@ -99,5 +101,5 @@ class AsyncEngine:
                 self._streams[output.request_id].put_nowait(output)
 
     def _fail_all(self, reason: str) -> None:
-        for request_id, queue in self._streams.items():
-            queue.put_nowait(Output(request_id, finish_reason="error", error=reason))
+        for queue in self._streams.values():
+            queue.put_nowait(EngineStopped(reason))

@@ -33,6 +33,10 @@ class EngineBusy(RequestRefused):
     """The engine has as many waiting requests as it may have: try again later."""
 
 
+class EngineStopped(RuntimeError):
+    """The engine no longer runs, and will not run again."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen. ``temperature`` 0 is greedy. ``max_new_tokens`` None: as many as the context has room for.
@@ -112,12 +116,13 @@ class Backend(Protocol):
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[Admitted | Output]:
         """``Admitted``, then outputs, the last one with a finish reason. Closing the iterator early frees the request's
-        slot before the next step. Raises RequestRefused naming the part at fault, EngineBusy when too many wait."""
+        slot before the next step. Raises RequestRefused naming the part at fault, EngineBusy when too many wait,
+        EngineStopped when the engine ends before the answer."""
 
     def stats(self) -> dict[str, Any]:
         """Gauges and counters since the start, JSON."""
 
     def check(self) -> None:
-        """Raises RuntimeError when the engine no longer runs."""
+        """Raises EngineStopped when the engine no longer runs."""
 
     def close(self) -> None: ...
