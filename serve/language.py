@@ -37,6 +37,7 @@ class LanguageModel:
         torch.set_num_threads(max(1, int(serving.language.num_cpus)) if threads == "auto" else threads)
         model, info, tokenizer = load_model(Path(model_dir))
         self._template = info.make_template(tokenizer)
+        self._max_wait_s = serving.limits.max_wait_s
         self._shorten = run.data.too_long == "shorten"
         on_gpu = bool(serving.language.num_gpus) and torch.cuda.is_available()
         in_bf16 = serving.engine.precision == "bf16" or (serving.engine.precision == "auto" and on_gpu)
@@ -52,7 +53,7 @@ class LanguageModel:
         # Not in the event loop: a long text takes seconds, in which no health check would be answered.
         ids, note = await asyncio.to_thread(self._encode, sample, soft_tokens, task.params.max_new_tokens or 1)
         files = list(soft_tokens[len(soft_tokens) - sum(token < 0 for token in ids) :])
-        request = GenerationRequest(task.request_id, ids, files, task.params, task.trial, task.generated)
+        request = GenerationRequest(task.request_id, ids, files, task.params, task.trial, task.generated, task.priority)
         tokens, ended = 0, False
         try:
             async with aclosing(self._running().generate(request)) as items:
@@ -99,7 +100,7 @@ class LanguageModel:
     def _running(self) -> AsyncEngine:
         """The backend belongs to the event loop of requests, in which the constructor does not run."""
         if self._backend is None:
-            self._backend = AsyncEngine(self._engine)
+            self._backend = AsyncEngine(self._engine, self._max_wait_s)
             self._reporting = asyncio.create_task(self._report())
         return self._backend
 

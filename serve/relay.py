@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 from collections import defaultdict
 from collections.abc import AsyncIterator
@@ -37,7 +38,7 @@ from serve.calls import MediaFile, MediaRefused, Started, Task
 from serve.errors import ApiError
 from serve.metrics import IngressMetrics
 from serve.suspects import Suspects
-from unimoe_ray.inference.request import EngineBusy, Output, RequestRefused
+from unimoe_ray.inference.request import EngineBusy, EngineOverloaded, Output, RequestRefused
 
 logger = logging.getLogger("ray.serve")
 LANGUAGE = "language"
@@ -233,9 +234,13 @@ class Relay:
 
     def _api_error(self, error: RayError | RayServeException) -> ApiError:
         cause = error.cause if isinstance(error, RayTaskError) else error
-        if _is_busy(error):
+        if isinstance(cause, BackPressureError | EngineBusy):
             message = "too many requests are waiting; try again later"
             return ApiError(429, message, code="busy", retry_after=self._retry_after_s)
+        if isinstance(cause, EngineOverloaded):
+            message = f"all slots are taken; an answer would begin after some {cause.wait_s:.0f} s; try again later"
+            over = max(self._retry_after_s, math.ceil(cause.wait_s - cause.max_wait_s))
+            return ApiError(503, message, code="overloaded", retry_after=over)
         if isinstance(cause, RequestRefused):
             return ApiError(400, cause.message, cause.param, "invalid_value")
         if isinstance(cause, DeploymentUnavailableError):
@@ -258,7 +263,7 @@ async def _tokens_of(items: AsyncIterator[Started | Output], count: int) -> list
 
 def _is_busy(error: BaseException) -> bool:
     cause = error.cause if isinstance(error, RayTaskError) else error
-    return isinstance(cause, BackPressureError | EngineBusy)
+    return isinstance(cause, BackPressureError | EngineBusy | EngineOverloaded)
 
 
 def _is_a(error: BaseException, kinds: tuple[type[BaseException], ...]) -> bool:
