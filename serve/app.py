@@ -27,7 +27,7 @@ def build(args: dict[str, Any]) -> Application:
 
 def application(settings: Config) -> Application:
     from serve.encoders import Encoder
-    from serve.ingress import Ingress
+    from serve.ingress import Ingress, limits_actor
     from serve.language import LanguageModel
 
     serving = settings.serving
@@ -39,7 +39,8 @@ def application(settings: Config) -> Application:
         for tower in ("image", "speech", "audio")
     }
     language = serve.deployment(**options["language"])(LanguageModel).bind(tree, str(folder))
-    return serve.deployment(**options["ingress"])(Ingress).bind(
+    limits = {"deployment_actors": actors} if (actors := limits_actor(serving)) else {}
+    return serve.deployment(**options["ingress"], **limits)(Ingress).bind(
         tree["serving"],
         serving.model_name or settings.name,
         settings.data.voice_as,

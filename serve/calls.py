@@ -26,7 +26,7 @@ class MediaFile:
 @dataclass(frozen=True)
 class Task:
     """What the language model is asked. turns: (question with placeholders, answer), the last answer empty; kinds: of
-    the media files, in the order of their placeholders. trial, generated: as in ``GenerationRequest``."""
+    the media files, in the order of their placeholders. trial, generated, priority: as in ``GenerationRequest``."""
 
     request_id: str
     turns: tuple[tuple[str, str], ...]
@@ -34,6 +34,7 @@ class Task:
     params: SamplingParams
     trial: int = 0
     generated: tuple[int, ...] = ()
+    priority: int = 0
 
     def key(self, media_keys: list[str]) -> str:
         """What identifies the work, whoever asks for it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -18,6 +18,8 @@ from unimoe_ray.config.serving import ServingConfig
 from unimoe_ray.inference.request import KINDS, Output, TokenLogprob
 
 Item = TypeVar("Item")
+# Told how many tokens a request has taken.
+Spend = Callable[[int], Awaitable[None]]
 MB = 1_000_000
 
 
@@ -100,11 +102,11 @@ class Chat:
         return Task(request_id, conversation.turns, kinds, sampling_params(request)), list(files)
 
     async def complete(
-        self, request: ChatRequest, task: Task, files: list[MediaFile], deadline: float
+        self, request: ChatRequest, task: Task, files: list[MediaFile], deadline: float, spend: Spend
     ) -> dict[str, Any]:
         """The whole answer as one object. ``deadline``: ``time.monotonic`` of its end. Raises ApiError."""
         answer = Answer()
-        async for item in self._items(task, files, deadline):
+        async for item in self._items(task, files, deadline, spend):
             answer.take(item)
         choice: dict[str, Any] = {
             "index": 0,
@@ -117,7 +119,7 @@ class Chat:
         return completion(task.request_id, self._model, choices=[choice], usage=answer.usage(), **extra)
 
     async def stream(
-        self, request: ChatRequest, task: Task, files: list[MediaFile], deadline: float
+        self, request: ChatRequest, task: Task, files: list[MediaFile], deadline: float, spend: Spend
     ) -> AsyncIterator[dict[str, Any]]:
         """The events of the answer; the first comes with the first text. Raises ApiError, at any time."""
         answer, created, begun = Answer(), int(time.time()), False
@@ -126,7 +128,7 @@ class Chat:
             choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
             return chunk(task.request_id, self._model, created, [choice])
 
-        async for item in self._items(task, files, deadline):
+        async for item in self._items(task, files, deadline, spend):
             answer.take(item)
             if isinstance(item, Started) or not (item.text or item.logprobs or item.finish_reason):
                 continue
@@ -143,17 +145,22 @@ class Chat:
         if extra:
             yield chunk(task.request_id, self._model, created, [], **extra)
 
-    async def _items(self, task: Task, files: list[MediaFile], deadline: float) -> AsyncIterator[Started | Output]:
-        """What the runner says, in time, with the time that it takes."""
+    async def _items(
+        self, task: Task, files: list[MediaFile], deadline: float, spend: Spend
+    ) -> AsyncIterator[Started | Output]:
+        """What the runner says, in time, with the time that it takes. The tokens are spent whoever is to blame for an
+        early end."""
         items = self._runner.run(task, files)
         arrived = before = time.monotonic()
         tokens = 0
         try:
             while (item := await _next_before(items, deadline)) is not None:
-                if isinstance(item, Output) and item.token_ids:
+                if isinstance(item, Started):
+                    await spend(item.prompt_tokens)
+                elif item.token_ids:
                     now = time.monotonic()
                     (self._observer.inter_token if tokens else self._observer.ttft).observe(now - before)
-                    before, tokens = now, tokens + 1
+                    before, tokens = now, tokens + len(item.token_ids)
                 yield item
         except TimeoutError:
             limit = f"{self._limits.request_seconds:g} s"
@@ -161,6 +168,8 @@ class Chat:
             raise ApiError(504, f"no answer within {limit} (given up after {seconds:.1f} s)", code="timeout") from None
         finally:
             await items.aclose()
+            if tokens:
+                await spend(tokens)
 
     async def _read(self, part: MediaPart) -> MediaFile:
         try:

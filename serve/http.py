@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,10 @@ from starlette.requests import ClientDisconnect
 
 from serve.chat import MB, Chat, server_sent
 from serve.errors import ApiError
+from serve.keys import ApiKeys, Caller, Limits, admit
 from serve.openai_api import ChatRequest, model_object, parse_chat
 from unimoe_ray import __version__
 from unimoe_ray.config.serving import LimitsConfig
-from unimoe_ray.errors import UnimoeError
 
 logger = logging.getLogger("ray.serve")
 UI = Path(__file__).parent / "ui"
@@ -37,36 +35,6 @@ PAGE_HEADERS = {
 MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript"}
 
 
-class ApiKeys:
-    """Keys of a file, one per line; compared by hash in constant time. Without a file anyone may ask."""
-
-    def __init__(self, path: str | None):
-        self._hashes: list[bytes] | None = None
-        if path is not None:
-            try:
-                lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise UnimoeError(f"serving.api_keys_file {path}: {error}") from None
-            keys = [line.strip() for line in lines]
-            self._hashes = [_digest(key.encode()) for key in keys if key and not key.startswith("#")]
-            if not self._hashes:
-                raise UnimoeError(f"serving.api_keys_file {path}: holds no key (one per line)")
-
-    def check(self, request: Request) -> None:
-        """Raises ApiError 401."""
-        if self._hashes is None:
-            return
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip().encode("latin-1"))  # The bytes that came: headers are decoded so.
-        matches = [hmac.compare_digest(given, known) for known in self._hashes]
-        if scheme.lower() != "bearer" or not any(matches):
-            raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
-
-
 @dataclass(frozen=True)
 class Endpoint:
     """What the routes need. healthy: None, or why no answer can be given; metrics: Prometheus text; answered: told the
@@ -75,6 +43,7 @@ class Endpoint:
     model: str
     chat: Chat
     keys: ApiKeys
+    rates: Limits
     limits: LimitsConfig
     healthy: Callable[[], Awaitable[str | None]]
     metrics: Callable[[], Awaitable[bytes]]
@@ -84,7 +53,8 @@ class Endpoint:
 def build_app(endpoint: Endpoint) -> FastAPI:
     app = FastAPI(title="unimoe_ray", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     created = int(time.time())
-    guarded = [Depends(endpoint.keys.check)]
+    asker = Depends(endpoint.keys.check)
+    guarded = [asker]
     errors = _error_responses()
 
     @app.exception_handler(ApiError)
@@ -112,25 +82,30 @@ def build_app(endpoint: Endpoint) -> FastAPI:
 
     @app.post(
         "/v1/chat/completions",
-        dependencies=guarded,
         openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _REQUEST}}}},
         responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}, **errors},
     )
-    async def chat_completions(request: Request) -> Response:
+    async def chat_completions(request: Request, caller: Caller = asker) -> Response:
         arrived = time.monotonic()
+        await admit(endpoint.rates, caller)
         deadline = arrived + endpoint.limits.request_seconds
         chat = parse_chat(await _body(request, endpoint.limits))
         task, files = await endpoint.chat.prepare(chat, _request_id(request))
-        asker = f" user={chat.user!r}" if chat.user else ""
+        task = replace(task, priority=caller.rights.priority)
+        who = (f" key={caller.name!r}" if caller.name else "") + (f" user={chat.user!r}" if chat.user else "")
+
+        async def spend(tokens: int) -> None:
+            if caller.is_limited:
+                await endpoint.rates.spend(caller, tokens)
 
         def log(status: int, text: str) -> None:
-            _log(endpoint, request, status, f"{text} in {time.monotonic() - arrived:.3f} s{asker}")
+            _log(endpoint, request, status, f"{text} in {time.monotonic() - arrived:.3f} s{who}")
 
         if not chat.stream:
-            answer = await endpoint.chat.complete(chat, task, files, deadline)
+            answer = await endpoint.chat.complete(chat, task, files, deadline, spend)
             log(200, f"{answer['usage']['prompt_tokens']}+{answer['usage']['completion_tokens']} tokens")
             return JSONResponse(answer)
-        events = endpoint.chat.stream(chat, task, files, deadline)
+        events = endpoint.chat.stream(chat, task, files, deadline, spend)
         first = await anext(events)  # What fails before the first token is an ordinary error answer.
         lines = _lines(first, events, log)
         return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -249,9 +224,9 @@ def _error_responses() -> dict[int, dict[str, Any]]:
         404: "No such model or path.",
         408: "The request itself did not arrive in time.",
         413: "The request, or a file in it, is too large.",
-        429: "Too many requests are waiting; see Retry-After.",
+        429: "Too many requests are waiting, or this key has sent too many; see Retry-After.",
         500: "The model failed.",
-        503: "The model can't be reached, or its replica ended; see Retry-After.",
+        503: "The model can't be reached, its replica ended, or an answer would wait too long; see Retry-After.",
         504: "No answer in time, or none from the host of a media URL.",
     }
     return {status: {"description": text, "content": content} for status, text in texts.items()}

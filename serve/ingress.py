@@ -3,20 +3,60 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
+import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.actor import ActorHandle
 from ray.exceptions import RayError
+from ray.serve.config import DeploymentActorConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serve.chat import Chat
-from serve.http import ApiKeys, Endpoint, build_app
+from serve.http import Endpoint, build_app
+from serve.keys import ApiKeys, Buckets, Caller
 from serve.metrics import IngressMetrics, cluster_metrics
 from serve.relay import Relay
 from unimoe_ray.config.serving import ServingConfig
 
 HEALTH_TIMEOUT_S = 5.0
+LIMITS = "limits"
+LIMITS_TIMEOUT_S = 2.0
+logger = logging.getLogger("ray.serve")
+
+
+def limits_actor(settings: ServingConfig) -> list[DeploymentActorConfig]:
+    """The actor that counts for all ingress replicas, where keys may take only so much; else none. Halves of a limit in
+    two replicas would refuse requests that the whole allows."""
+    classes = settings.key_classes.values()
+    if not any(rights.requests_per_minute or rights.tokens_per_minute for rights in classes):
+        return []
+    return [DeploymentActorConfig(name=LIMITS, actor_class=ray.remote(Buckets), actor_options={"num_cpus": 0})]
+
+
+class SharedLimits:
+    """``Limits`` in the deployment's actor. While that is away (Serve starts another), nobody is held back."""
+
+    def __init__(self) -> None:
+        self._actor: ActorHandle | None = None
+
+    async def take(self, caller: Caller) -> float:
+        return await self._ask("take", caller) or 0.0
+
+    async def spend(self, caller: Caller, tokens: int) -> None:
+        await self._ask("spend", caller, tokens)
+
+    async def _ask(self, method: str, *arguments: object) -> float | None:
+        try:
+            if self._actor is None:
+                self._actor = serve.get_deployment_actor(LIMITS)
+            return await asyncio.wait_for(getattr(self._actor, method).remote(*arguments), LIMITS_TIMEOUT_S)
+        except (RayError, ValueError, TimeoutError) as error:
+            logger.warning(f"the limits of API keys can't be looked up: {type(error).__name__}")
+            self._actor = None
+            return None
 
 
 @serve.ingress()
@@ -34,7 +74,7 @@ class Ingress:
     ):
         self._config = ServingConfig.model_validate(settings)
         self._model, self._voice_as, self._language = model, voice_as, language
-        self._keys = ApiKeys(self._config.api_keys_file)
+        self._keys = ApiKeys(self._config)
         self._metrics = IngressMetrics()
         self._relay = Relay(
             encoders,
@@ -52,6 +92,7 @@ class Ingress:
                 model=self._model,
                 chat=chat,
                 keys=self._keys,
+                rates=SharedLimits(),
                 limits=self._config.limits,
                 healthy=self._unhealthy,
                 metrics=cluster_metrics,

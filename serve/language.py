@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from unimoe_ray.data.schema import Media, Sample
 from unimoe_ray.data.shorten import shorten
 from unimoe_ray.inference.async_engine import AsyncEngine
 from unimoe_ray.inference.engine import Engine
-from unimoe_ray.inference.request import Admitted, Backend, GenerationRequest, Output
+from unimoe_ray.inference.request import Admitted, Backend, EngineStopped, GenerationRequest, Output
 from unimoe_ray.inference.vllm_engine import VllmEngine
 from unimoe_ray.training.checkpoint import WEIGHTS, load_model
 
@@ -38,6 +39,7 @@ class LanguageModel:
         torch.set_num_threads(max(1, int(serving.language.num_cpus)) if threads == "auto" else threads)
         model, info, tokenizer = load_model(Path(model_dir))
         self._template = info.make_template(tokenizer)
+        self._max_wait_s = serving.limits.max_wait_s
         self._shorten = run.data.too_long == "shorten"
         on_gpu = bool(serving.language.num_gpus) and torch.cuda.is_available()
         in_bf16 = serving.engine.precision == "bf16" or (serving.engine.precision == "auto" and on_gpu)
@@ -60,7 +62,7 @@ class LanguageModel:
         # Not in the event loop: a long text takes seconds, in which no health check would be answered.
         ids, note = await asyncio.to_thread(self._encode, sample, soft_tokens, task.params.max_new_tokens or 1)
         files = list(soft_tokens[len(soft_tokens) - sum(token < 0 for token in ids) :])
-        request = GenerationRequest(task.request_id, ids, files, task.params, task.trial, task.generated)
+        request = GenerationRequest(task.request_id, ids, files, task.params, task.trial, task.generated, task.priority)
         tokens, ended = 0, False
         try:
             async with aclosing(self._running().generate(request)) as items:
@@ -72,6 +74,8 @@ class LanguageModel:
                         tokens += len(item.token_ids)
                         yield item
             ended = True
+        except EngineStopped as error:
+            _end(error)
         finally:
             logger.info(f"generated {tokens} tokens" if ended else f"left after {tokens} tokens: the slot is free")
 
@@ -92,21 +96,24 @@ class LanguageModel:
         return ids, ""
 
     async def ready(self) -> dict:
-        """Counters and gauges of the engine. Raises RuntimeError when it no longer runs."""
-        backend = self._running()
-        backend.check()
+        """Counters and gauges of the engine."""
+        await self.check_health()
         moves = {} if self._group is None else {"expert_moves": self._group.moves}
-        return backend.stats() | moves | {"pid": os.getpid()}
+        return self._running().stats() | moves | {"pid": os.getpid()}
 
     async def check_health(self) -> None:
-        self._running().check()
+        try:
+            self._running().check()
+        except EngineStopped as error:
+            _end(error)
         if self._group is not None:
             await asyncio.to_thread(experts.check, self._group)
 
     def _running(self) -> Backend:
         """The backend belongs to the event loop of requests, in which the constructor does not run."""
         if self._backend is None:
-            self._backend = AsyncEngine(self._engine) if isinstance(self._engine, Engine) else self._engine
+            engine = self._engine
+            self._backend = AsyncEngine(engine, self._max_wait_s) if isinstance(engine, Engine) else engine
             self._reporting = asyncio.create_task(self._report())
         return self._backend
 
@@ -118,3 +125,11 @@ class LanguageModel:
                 [seen.popleft() for _ in range(len(seen))] for seen in (engine.queue_seconds, engine.step_tokens)
             )
             self._metrics.update(engine.stats(), engine.expert_load.copy(), queue, steps)
+
+
+def _end(error: EngineStopped) -> NoReturn:
+    """The end of this replica. Serve starts another at once, and who asked goes on there; an engine without its thread
+    would answer with errors until Serve had found out."""
+    logger.critical(f"this replica ends: {error}")
+    logging.shutdown()
+    os._exit(1)

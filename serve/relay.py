@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 from collections import defaultdict
 from collections.abc import AsyncIterator
@@ -37,7 +38,7 @@ from serve.calls import MediaFile, MediaRefused, Started, Task
 from serve.errors import ApiError
 from serve.metrics import IngressMetrics
 from serve.suspects import Suspects
-from unimoe_ray.inference.request import EngineBusy, Output, RequestRefused
+from unimoe_ray.inference.request import EngineBusy, EngineOverloaded, Output, RequestRefused
 
 logger = logging.getLogger("ray.serve")
 LANGUAGE = "language"
@@ -122,6 +123,7 @@ class Relay:
                     self._metrics.retries.inc()
                 else:
                     await asyncio.sleep(BUSY_WAIT_S)
+        self._refuse_crashers(call)
         message = "the model's replicas keep ending; try again later"
         raise ApiError(503, message, code="replica_lost", retry_after=self._retry_after_s)
 
@@ -173,10 +175,13 @@ class Relay:
             self._cache.put(key, response)
             return response
         async with self._turn(file.kind, alone=True):
-            response = self._encoders[file.kind].encode.remote(replace(file, alone=True))
-            if (outcome := await _settled(response)) is not None and _is_a(outcome, CRASHED):
-                self._suspects.crashed(key, alone=True)
+            while True:
                 self._refuse_crashers(_Call("", [file], [key]))
+                response = self._encoders[file.kind].encode.remote(replace(file, alone=True))
+                outcome = await _settled(response)
+                if outcome is None or not _is_a(outcome, CRASHED):
+                    break
+                self._suspects.crashed(key, alone=True)
             self._suspects.clear(key)
         self._cache.put(key, response)
         return response
@@ -193,9 +198,10 @@ class Relay:
     def _refuse_crashers(self, call: _Call) -> None:
         for file, key in zip(call.files, call.keys, strict=True):
             if self._suspects.is_refused(key):
-                raise ApiError(400, f"{file.name}: this file has crashed its encoder twice", file.name, "crashes")
+                message = f"{file.name}: this file has crashed its encoder twice, alone in it"
+                raise ApiError(400, message, file.name, "crashes")
         if self._suspects.is_refused(call.key):
-            raise ApiError(400, "this request has crashed the model twice", "messages", "crashes")
+            raise ApiError(400, "this request has crashed the model twice, alone in it", "messages", "crashes")
 
     async def _was_lost(self, call: _Call, encoded: list[DeploymentResponse], error: BaseException) -> bool:
         """After an error of the language model's call, which may be one of the encoders' whose answers it waited for:
@@ -228,9 +234,13 @@ class Relay:
 
     def _api_error(self, error: RayError | RayServeException) -> ApiError:
         cause = error.cause if isinstance(error, RayTaskError) else error
-        if _is_busy(error):
+        if isinstance(cause, BackPressureError | EngineBusy):
             message = "too many requests are waiting; try again later"
             return ApiError(429, message, code="busy", retry_after=self._retry_after_s)
+        if isinstance(cause, EngineOverloaded):
+            message = f"all slots are taken; an answer would begin after some {cause.wait_s:.0f} s; try again later"
+            over = max(self._retry_after_s, math.ceil(cause.wait_s - cause.max_wait_s))
+            return ApiError(503, message, code="overloaded", retry_after=over)
         if isinstance(cause, RequestRefused):
             return ApiError(400, cause.message, cause.param, "invalid_value")
         if isinstance(cause, DeploymentUnavailableError):
@@ -253,7 +263,7 @@ async def _tokens_of(items: AsyncIterator[Started | Output], count: int) -> list
 
 def _is_busy(error: BaseException) -> bool:
     cause = error.cause if isinstance(error, RayTaskError) else error
-    return isinstance(cause, BackPressureError | EngineBusy)
+    return isinstance(cause, BackPressureError | EngineBusy | EngineOverloaded)
 
 
 def _is_a(error: BaseException, kinds: tuple[type[BaseException], ...]) -> bool:

@@ -1,7 +1,8 @@
 """Inputs that were being worked on when a replica died.
 
-Whatever was in the replica is suspected, most of it wrongly. A suspect is tried alone the next time: if the replica
-dies again it was the input, which is refused from then on; if not, it is cleared.
+Whatever was in the replica is suspected, most of it wrongly. A suspect is tried alone the next time: if no replica
+dies it is cleared. Replicas end for reasons of their own as well, so a trial whose replica dies is held once more: the
+second such death was the input's, which is refused from then on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextlib import asynccontextmanager
 
 MAX_ENTRIES = 4096
 REMEMBERED_S = 3600.0
+CONVICTING_DEATHS = 2
 
 
 class Suspects:
@@ -21,31 +23,32 @@ class Suspects:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
-        self._convicted: OrderedDict[str, tuple[float, bool]] = OrderedDict()
+        # When the last replica died with it, and how many have with it alone in them.
+        self._deaths: OrderedDict[str, tuple[float, int]] = OrderedDict()
 
     def is_suspect(self, key: str) -> bool:
-        return self._get(key) is not None
+        return self._alone(key) is not None
 
     def is_refused(self, key: str) -> bool:
-        return self._get(key) is True
+        return (self._alone(key) or 0) >= CONVICTING_DEATHS
 
     def crashed(self, key: str, alone: bool) -> None:
         """A replica died with this input in it; ``alone``: and no other."""
-        self._convicted[key] = (self._clock(), alone or self.is_refused(key))
-        self._convicted.move_to_end(key)
-        while len(self._convicted) > MAX_ENTRIES:
-            self._convicted.popitem(last=False)
+        self._deaths[key] = (self._clock(), (self._alone(key) or 0) + alone)
+        self._deaths.move_to_end(key)
+        while len(self._deaths) > MAX_ENTRIES:
+            self._deaths.popitem(last=False)
 
     def clear(self, key: str) -> None:
         """The input was tried alone, and no replica died."""
-        self._convicted.pop(key, None)
+        self._deaths.pop(key, None)
 
-    def _get(self, key: str) -> bool | None:
-        at, refused = self._convicted.get(key, (0.0, None))
-        if refused is not None and self._clock() - at > REMEMBERED_S:
-            del self._convicted[key]
+    def _alone(self, key: str) -> int | None:
+        at, alone = self._deaths.get(key, (0.0, None))
+        if alone is not None and self._clock() - at > REMEMBERED_S:
+            del self._deaths[key]
             return None
-        return refused
+        return alone
 
 
 class Gate:

@@ -20,7 +20,8 @@ import uvicorn
 from serve.calls import Started
 from serve.chat import Chat
 from serve.errors import ApiError
-from serve.http import ApiKeys, Endpoint, build_app
+from serve.http import Endpoint, build_app
+from serve.keys import ApiKeys, Buckets
 from unimoe_ray.config.serving import ServingConfig
 from unimoe_ray.inference.request import KINDS, Output, TokenLogprob
 
@@ -119,13 +120,16 @@ def body_of(content="hi", **rest) -> dict:
 def serving(
     *script,
     keys: str | None = None,
+    rights: dict | None = None,
     hosts: tuple[str, ...] = (),
     voice_as: str = "speech",
     unhealthy: str | None = None,
     **limits,
 ) -> Iterator[Site]:
     """The application on a port of its own. Without a ``script`` the runner gives ``ANSWER``."""
-    config = ServingConfig.model_validate({"limits": limits, "media_hosts": list(hosts)})
+    config = ServingConfig.model_validate(
+        {"limits": limits, "media_hosts": list(hosts), "api_keys_file": keys} | (rights or {})
+    )
     site_runner, statuses, times = Runner(script or ANSWER), [], (Times(), Times())
 
     async def healthy() -> str | None:
@@ -136,7 +140,8 @@ def serving(
 
     observer = type("Observer", (), {"ttft": times[0], "inter_token": times[1]})
     chat = Chat(site_runner, config, MODEL, voice_as, observer)
-    app = build_app(Endpoint(MODEL, chat, ApiKeys(keys), config.limits, healthy, metrics, statuses.append))
+    keys, rates = ApiKeys(config), Buckets()
+    app = build_app(Endpoint(MODEL, chat, keys, rates, config.limits, healthy, metrics, statuses.append))
     options = {"log_config": None, "access_log": False, "lifespan": "off", "timeout_graceful_shutdown": 1}
     server = uvicorn.Server(uvicorn.Config(app, **options))
     with socket.create_server(("127.0.0.1", 0)) as listening:

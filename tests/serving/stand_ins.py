@@ -3,9 +3,10 @@ when it is imported.
 
     python -m tests.serving.stand_ins RUN_FOLDER PORT
 
-The ingress, the language model and all that is between them are the real ones. The encoder is a stand-in: its arrays
-have the sizes of the 7B model's in fp16 (CLIP with its projector: 576 x 4096, a sound of 20 windows: 1000 x 4096), and
-some bytes crash it. A line ``redeploy`` on standard input replaces the application by one with other settings.
+The ingress, the language model and all that is between them are the real ones, but that a question can stop the
+model's engine. The encoder is a stand-in: its arrays have the sizes of the 7B model's in fp16 (CLIP with its projector:
+576 x 4096, a sound of 20 windows: 1000 x 4096), and some bytes crash it. A line ``redeploy`` on standard input replaces
+the application by one with other settings.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import asyncio
 import logging
 import os
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +24,17 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 
 from serve.app import deployment_options
-from serve.calls import MediaFile
+from serve.calls import MediaFile, Started, Task
 from serve.ingress import Ingress
 from serve.language import LanguageModel
 from unimoe_ray import config
 from unimoe_ray.config import Config
 from unimoe_ray.evaluation.evaluate import final_model
+from unimoe_ray.inference.request import Output
 
 SHAPES = {"image": (576, 4096), "video": (576, 4096), "audio": (1000, 4096), "speech": (1000, 4096)}
 DEADLY = b"kills the encoder"
+STOP_ENGINE = "stops the engine unless this file exists: "
 
 
 class StandIn:
@@ -44,10 +48,22 @@ class StandIn:
         return (0.1 * rng.standard_normal(SHAPES[file.kind], dtype=np.float32)).astype(np.float16)
 
 
+class StoppingModel(LanguageModel):
+    """The real one, with an engine that fails when a question says so."""
+
+    async def generate(self, task: Task, *soft_tokens: np.ndarray) -> AsyncIterator[Started | Output]:
+        _, told, path = task.turns[-1][0].partition(STOP_ENGINE)
+        if told and not Path(path).exists():
+            Path(path).touch()
+            self._engine.step = None
+        async for item in super().generate(task, *soft_tokens):
+            yield item
+
+
 def deploy(settings: Config) -> None:
     tree, folder = settings.model_dump(mode="json"), str(final_model(settings))
     encoder = serve.deployment(**deployment_options("encoder", settings.serving.image))(StandIn).bind()
-    language = serve.deployment(**deployment_options("language", settings.serving.language))(LanguageModel)
+    language = serve.deployment(**deployment_options("language", settings.serving.language))(StoppingModel)
     ingress = serve.deployment(**deployment_options("ingress", settings.serving.ingress))(Ingress)
     handles = dict.fromkeys(SHAPES, encoder)
     serve.run(

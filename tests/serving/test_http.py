@@ -12,7 +12,8 @@ import requests
 
 from serve.calls import Started
 from serve.errors import ApiError
-from serve.http import UI, ApiKeys
+from serve.http import UI
+from serve.keys import ApiKeys
 from serve.openai_api import ChatRequest
 from tests.serving.media import image, input_audio
 from tests.serving.scripted import (
@@ -30,6 +31,7 @@ from tests.serving.scripted import (
     serving,
     tracebacks,
 )
+from unimoe_ray.config.serving import ServingConfig
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.inference.request import Output
 
@@ -361,9 +363,9 @@ def test_a_file_without_keys_is_an_error_not_an_open_door(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UnimoeError, match=f"serving.api_keys_file {path}: "):
-        ApiKeys(str(path))
+        ApiKeys(ServingConfig(api_keys_file=str(path)))
     with pytest.raises(UnimoeError, match="serving.api_keys_file"):
-        ApiKeys(str(tmp_path))
+        ApiKeys(ServingConfig(api_keys_file=str(tmp_path)))
 
 
 # Routes

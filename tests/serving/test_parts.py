@@ -77,13 +77,16 @@ def test_the_bound_in_bytes_holds(uses):
 # Suspects
 
 
-def test_a_crash_makes_a_suspect_and_a_crash_alone_a_culprit():
+def test_a_crash_makes_a_suspect_and_two_crashes_alone_a_culprit():
     suspects = Suspects()
     assert not suspects.is_suspect("x")
     suspects.crashed("x", alone=False)
     assert suspects.is_suspect("x") and not suspects.is_refused("x")
     suspects.crashed("x", alone=False)
     assert not suspects.is_refused("x"), "in company again: still no proof"
+    suspects.crashed("x", alone=True)
+    assert not suspects.is_refused("x"), "the replica may have been killed"
+    suspects.crashed("x", alone=False)
     suspects.crashed("x", alone=True)
     assert suspects.is_refused("x")
     suspects.crashed("x", alone=False)
@@ -93,13 +96,17 @@ def test_a_crash_makes_a_suspect_and_a_crash_alone_a_culprit():
 def test_who_ran_to_the_end_is_cleared():
     suspects = Suspects()
     suspects.crashed("x", alone=False)
+    suspects.crashed("x", alone=True)
     suspects.clear("x")
     assert not suspects.is_suspect("x")
+    suspects.crashed("x", alone=True)
+    assert not suspects.is_refused("x"), "one death since it was cleared"
 
 
 def test_crashes_are_forgotten_after_an_hour():
     now = [0.0]
     suspects = Suspects(lambda: now[0])
+    suspects.crashed("x", alone=True)
     suspects.crashed("x", alone=True)
     now[0] = REMEMBERED_S - 1
     assert suspects.is_refused("x")

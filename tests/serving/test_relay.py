@@ -127,15 +127,23 @@ def test_each_trial_that_is_stood_in_vain_makes_the_next_one_longer():
     assert [task.trial for task in language.tasks] == [0, TRIAL_TOKENS, 4 * TRIAL_TOKENS]
 
 
-def test_who_crashes_a_replica_alone_is_refused():
-    language = Language([5, TRIAL_TOKENS - 1])
+def test_who_crashes_a_replica_twice_alone_is_refused():
+    language = Language([5, TRIAL_TOKENS - 1, TRIAL_TOKENS - 1])
     relay = make_relay(language)
-    with pytest.raises(ApiError, match="has crashed the model twice") as error:
+    with pytest.raises(ApiError, match="has crashed the model twice, alone in it") as error:
         asyncio.run(heard(relay, make_task()))
     assert error.value.status == 400
     with pytest.raises(ApiError, match="has crashed the model twice"):
         asyncio.run(heard(relay, make_task()))
-    assert len(language.tasks) == 2
+    assert [task.trial for task in language.tasks] == [0, TRIAL_TOKENS, 4 * TRIAL_TOKENS]
+
+
+def test_a_replica_killed_during_an_innocent_trial_convicts_nobody():
+    language = Language([5, TRIAL_TOKENS - 1])
+    relay = make_relay(language)
+    assert is_whole(asyncio.run(heard(relay, make_task())))
+    language.fates = [5, TRIAL_TOKENS - 1]
+    assert is_whole(asyncio.run(heard(relay, make_task()))), "its first trial is forgotten"
 
 
 def test_replicas_that_keep_ending_end_the_answer_with_an_error(monkeypatch):

@@ -20,7 +20,7 @@ import requests
 
 from tests.serving.conftest import ROOT, free_port
 from tests.serving.media import image, sound, text
-from tests.serving.stand_ins import DEADLY
+from tests.serving.stand_ins import DEADLY, STOP_ENGINE
 from tests.tiny import TinyRun, make_servable_run
 
 MODES = {
@@ -108,7 +108,7 @@ def test_embeddings_of_the_real_size(app):
 
 
 @the_other_slow
-def test_a_file_that_crashes_its_encoder_is_refused_after_the_second_time(app):
+def test_a_file_that_crashes_its_encoder_alone_is_refused_after_the_second_time(app):
     """Those that were in the encoder with it are suspected, run alone, and answered."""
     innocent = [image(bytes([0, 0, 1, n])) for n in range(4)]
     with ThreadPoolExecutor(6) as pool:
@@ -120,13 +120,27 @@ def test_a_file_that_crashes_its_encoder_is_refused_after_the_second_time(app):
     assert refused.status_code == 400
     error = refused.json()["error"]
     assert error["code"] == "crashes" and error["param"] == "messages.0.content.0"
-    assert error["message"] == "messages.0.content.0: this file has crashed its encoder twice"
+    assert error["message"] == "messages.0.content.0: this file has crashed its encoder twice, alone in it"
     assert [answer.status_code for answer in answers] == [200] * 4
     # From now on it does not reach the encoder.
     again = app.post(text("look:"), image(DEADLY))
     assert again.status_code == 400 and again.elapsed.total_seconds() < 1
     assert app.post(image(DEADLY + b" in another way"), QUESTION).status_code == 400
     assert app.ask(innocent[0], QUESTION)["choices"] == answers[0].json()["choices"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("app", ["default"], indirect=True)
+def test_a_replica_whose_engine_stops_ends_and_its_answers_go_on(app, tmp_path):
+    """An error in the engine's thread, in a process that lives on."""
+    right = app.ask(QUESTION, max_completion_tokens=500)["choices"]
+    with ThreadPoolExecutor(3) as pool:
+        long = [pool.submit(app.ask, QUESTION, max_completion_tokens=500) for _ in range(2)]
+        time.sleep(0.3)
+        stop = pool.submit(app.post, text(f"{STOP_ENGINE}{tmp_path / 'stopped'}"))
+        assert [answer.result()["choices"] for answer in long] == [right] * 2
+        assert stop.result().status_code == 200, "it stops one engine only"
+    assert (tmp_path / "stopped").exists()
 
 
 @the_other_slow

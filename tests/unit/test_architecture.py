@@ -131,7 +131,9 @@ def test_nothing_in_the_library_imports_jobs_or_tests_and_only_the_command_line_
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("name", ["chat", "conversation", "errors", "http", "media", "openai_api", "proxy", "suspects"])
+@pytest.mark.parametrize(
+    "name", ["chat", "conversation", "errors", "http", "keys", "media", "openai_api", "proxy", "suspects"]
+)
 def test_the_http_side_of_serving_knows_no_ray(name):
     """It runs under any ASGI server, and is tested so."""
     tops = {imported.split(".")[0] for imported in imports(Path("serve", f"{name}.py"))}

@@ -11,7 +11,7 @@ import pytest
 from tests.unit.test_engine import MODEL, NEW, TOKENIZER, config, make_request, offline, tokens_of
 from unimoe_ray.inference.async_engine import AsyncEngine
 from unimoe_ray.inference.engine import Engine
-from unimoe_ray.inference.request import Admitted, EngineBusy, GenerationRequest
+from unimoe_ray.inference.request import Admitted, EngineBusy, EngineStopped, GenerationRequest
 
 # The engine in its thread
 
@@ -34,7 +34,7 @@ def test_many_callers_at_once():
             assert admitted == Admitted(spliced, NEW)
             assert tokens_of(outputs) == offline(MODEL, request)
         engine.close()
-        with pytest.raises(RuntimeError, match="has stopped"):
+        with pytest.raises(EngineStopped):
             engine.check()
 
     asyncio.run(main())
@@ -83,13 +83,14 @@ def test_callers_hear_of_an_engine_that_broke(monkeypatch):
             raise MemoryError("no memory for the next step")
 
         monkeypatch.setattr(inner, "step", broken)
-        outputs = [item async for item in items]
-        assert outputs[-1].finish_reason == "error" and "no memory" in outputs[-1].error
+        with pytest.raises(EngineStopped, match="has stopped: MemoryError: no memory for the next step"):
+            async for _ in items:
+                pass
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
             try:
                 engine.check()
-            except RuntimeError:
+            except EngineStopped:
                 return
             await asyncio.sleep(0.01)
         pytest.fail("the broken engine says that it runs")

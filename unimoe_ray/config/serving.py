@@ -121,7 +121,25 @@ class LimitsConfig(Strict):
     max_seconds: float = Field(300.0, gt=0, description="of a sound, a recording or a video")
     request_seconds: float = Field(300.0, gt=0, description="from its arrival to its last token; then 504")
     fetch_seconds: float = Field(10.0, gt=0, description="for media behind a remote URL")
+    max_wait_s: float = Field(60.0, gt=0, description="for a slot, as estimated when the model has none free; then 503")
     retry_after_s: int = Field(2, ge=1, description="what a client that is sent away (429, 503) is asked to wait")
+
+
+class KeyClassConfig(Strict):
+    """What each key of a class may take, and who goes first where requests wait (the higher priority; then the older
+    request). Up to one minute's worth may come at once. Tokens are those of prompts and answers."""
+
+    priority: int = Field(0, ge=-100, le=100)
+    requests_per_minute: int | None = Field(None, ge=1)
+    tokens_per_minute: int | None = Field(None, ge=1)
+
+
+class KeyConfig(Strict):
+    """An API key, known by its hash only: ``printf %s KEY | sha256sum``."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._@-]{1,64}$", description="in the log")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    key_class: str = "default"
 
 
 class ServingConfig(Strict):
@@ -131,7 +149,9 @@ class ServingConfig(Strict):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
     model_name: str | None = Field(None, pattern=r"^[A-Za-z0-9._/-]+$", description="the run's name if not given")
-    api_keys_file: str | None = Field(None, description="one key per line; without it anyone may ask")
+    api_keys_file: str | None = Field(None, description="one key per line; without it and ``keys`` anyone may ask")
+    keys: list[KeyConfig] = []
+    key_classes: dict[str, KeyClassConfig] = Field({}, description="'default' is that of the keys file, too")
     media_hosts: list[Annotated[str, Field(max_length=255)]] = []
     cache_mb: float = Field(256.0, ge=0, description="soft tokens kept per ingress replica, by content")
     throughput_mode: bool = Field(False, description="Serve's HAProxy and gRPC instead of its Python proxy")
@@ -154,6 +174,16 @@ class ServingConfig(Strict):
             if not _HOST.fullmatch(host):
                 raise ValueError(f"'{host}' is not a host; allowed: example.org, *.example.org, example.org:8443")
         return hosts
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> ServingConfig:
+        for index, key in enumerate(self.keys):
+            if key.key_class not in {"default", *self.key_classes}:
+                known = ", ".join(sorted({"default", *self.key_classes}))
+                raise ValueError(f"keys.{index}.key_class is '{key.key_class}'; allowed: {known} (key_classes)")
+            if any(key.name == other.name or key.sha256 == other.sha256 for other in self.keys[:index]):
+                raise ValueError(f"keys.{index} ({key.name}): its name or sha256 is that of another key")
+        return self
 
     @model_validator(mode="after")
     def _someone_answers(self) -> ServingConfig:

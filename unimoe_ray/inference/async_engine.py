@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
 
 from unimoe_ray.inference.engine import Engine
-from unimoe_ray.inference.request import Admitted, EngineBusy, GenerationRequest, Output
+from unimoe_ray.inference.pace import Pace
+from unimoe_ray.inference.request import (
+    Admitted,
+    EngineBusy,
+    EngineOverloaded,
+    EngineStopped,
+    GenerationRequest,
+    Output,
+)
 from unimoe_ray.inference.sequence import Sequence
 
 STOPPED = "the engine has stopped"
@@ -22,13 +32,16 @@ class AsyncEngine:
     Callers leave their wishes in an inbox that the thread empties between steps, so that the engine needs no lock.
     """
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, engine: Engine, max_wait_s: float = math.inf):
+        self.engine, self._max_wait_s = engine, max_wait_s
+        self._pace = Pace()
+        # Priority and most new tokens of those that have not got a token yet.
+        self._unanswered: dict[str, tuple[int, int]] = {}
         self._loop = asyncio.get_running_loop()
         self._inbox: deque[Sequence | str] = deque()
         self._wake = threading.Event()
         self._closing = False
-        self._streams: dict[str, asyncio.Queue[Output]] = {}
+        self._streams: dict[str, asyncio.Queue[Output | EngineStopped]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -40,26 +53,42 @@ class AsyncEngine:
         if len(self._streams) >= config.max_running + config.max_waiting:
             raise EngineBusy(f"{len(self._streams)} requests are being answered or waiting already; try again later")
         sequence = self.engine.start(request)
+        wait = self.wait_s(request.priority, sequence.max_new_tokens)
+        if wait > self._max_wait_s and not request.generated:
+            raise EngineOverloaded(wait, self._max_wait_s)
         queue = self._streams[request.id] = asyncio.Queue()
+        self._unanswered[request.id] = (request.priority, sequence.max_new_tokens)
         self._send(sequence)
-        finished = False
+        finished, tokens = False, 0
         try:
             yield Admitted(sequence.prompt_tokens, sequence.max_new_tokens)
             while not finished:
                 output = await queue.get()
-                finished = output.finish_reason is not None
+                if isinstance(output, EngineStopped):
+                    raise output
+                self._unanswered.pop(request.id, None)
+                finished, tokens = output.finish_reason is not None, tokens + len(output.token_ids)
                 yield output
         finally:
             del self._streams[request.id]
+            self._unanswered.pop(request.id, None)
+            if tokens:
+                self._pace.answered(tokens)
             if not finished:
                 self._send(request.id)
+
+    def wait_s(self, priority: int = 0, new_tokens: int = 1) -> float:
+        """Estimated seconds that a new request waits for a slot, behind those that go before it."""
+        if not self.engine.waiting and len(self._streams) < self.engine.config.max_running:
+            return 0.0
+        return self._pace.wait([most for other, most in self._unanswered.values() if other >= priority] + [new_tokens])
 
     def stats(self) -> dict[str, Any]:
         return self.engine.stats()
 
     def check(self) -> None:
         if not self._thread.is_alive():
-            raise RuntimeError(STOPPED)
+            raise EngineStopped(STOPPED)
 
     def close(self) -> None:
         self._closing = True
@@ -75,7 +104,12 @@ class AsyncEngine:
             while not self._closing:
                 self._wake.clear()
                 self._read_inbox()
-                if outputs := self.engine.step():
+                begun = time.perf_counter()
+                outputs = self.engine.step()
+                if self.engine.waiting:
+                    tokens = sum(len(output.token_ids) for output in outputs)
+                    self._pace.stepped(tokens, time.perf_counter() - begun)
+                if outputs:
                     self._loop.call_soon_threadsafe(self._deliver, outputs)
                 elif not self.engine.has_work:
                     self._wake.wait()
@@ -99,5 +133,5 @@ class AsyncEngine:
                 self._streams[output.request_id].put_nowait(output)
 
     def _fail_all(self, reason: str) -> None:
-        for request_id, queue in self._streams.items():
-            queue.put_nowait(Output(request_id, finish_reason="error", error=reason))
+        for queue in self._streams.values():
+            queue.put_nowait(EngineStopped(reason))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import time
 from collections import deque
 from dataclasses import replace
@@ -35,10 +36,10 @@ from unimoe_ray.model.unimoe import UniMoE
 class Engine:
     """Not thread-safe but for ``start``; ``AsyncEngine`` runs it.
 
-    Scheduling is first come, first served. Generating requests get one token each in every step; what is left of
-    ``max_step_tokens`` goes to prompts, oldest first, then to guesses (``lookup_tokens``). What sequences leave in the
-    cache stays as long as nobody needs the room: a prompt that begins like one of them, or like one that runs, goes on
-    from there.
+    Scheduling is first come, first served among those of one priority. Generating requests get one token each in every
+    step; what is left of ``max_step_tokens`` goes to prompts, oldest first, then to guesses (``lookup_tokens``). What
+    sequences leave in the cache stays as long as nobody needs the room: a prompt that begins like one of them, or like
+    one that runs, goes on from there.
 
     keep_weights: False when nobody else needs the model; its layers may then be emptied. Raises KernelUnavailable where
     int8 is wanted in vain.
@@ -90,7 +91,7 @@ class Engine:
         return sequence
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        bisect.insort(self.waiting, sequence, key=lambda other: -other.request.priority)
 
     def cancel(self, request_id: str) -> bool:
         """Frees the request's slot and cache at once; False when it is not here (any more)."""

@@ -33,6 +33,18 @@ class EngineBusy(RequestRefused):
     """The engine has as many waiting requests as it may have: try again later."""
 
 
+class EngineOverloaded(Exception):
+    """A new request would wait for a slot for longer than it may. wait_s, max_wait_s: the estimate and the bound."""
+
+    def __init__(self, wait_s: float, max_wait_s: float):
+        super().__init__(wait_s, max_wait_s)
+        self.wait_s, self.max_wait_s = wait_s, max_wait_s
+
+
+class EngineStopped(RuntimeError):
+    """The engine no longer runs, and will not run again."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen. ``temperature`` 0 is greedy. ``max_new_tokens`` None: as many as the context has room for.
@@ -62,6 +74,7 @@ class GenerationRequest:
     if it crashes again, there is one culprit.
     generated: what another engine has given out of the answer already; only what follows is given out here, and it is
     what would have followed there.
+    priority: of those that wait for a slot, the higher goes first, then the older
     """
 
     id: str
@@ -70,6 +83,7 @@ class GenerationRequest:
     params: SamplingParams = SamplingParams()
     trial: int = 0
     generated: tuple[int, ...] = ()
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,12 +126,13 @@ class Backend(Protocol):
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[Admitted | Output]:
         """``Admitted``, then outputs, the last one with a finish reason. Closing the iterator early frees the request's
-        slot before the next step. Raises RequestRefused naming the part at fault, EngineBusy when too many wait."""
+        slot before the next step. Raises RequestRefused naming the part at fault, EngineBusy when too many wait,
+        EngineOverloaded when it would wait too long, EngineStopped when the engine ends before the answer."""
 
     def stats(self) -> dict[str, Any]:
         """Gauges and counters since the start, JSON."""
 
     def check(self) -> None:
-        """Raises RuntimeError when the engine no longer runs."""
+        """Raises EngineStopped when the engine no longer runs."""
 
     def close(self) -> None: ...

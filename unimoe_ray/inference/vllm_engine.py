@@ -28,7 +28,15 @@ from tokenizers import Tokenizer
 from unimoe_ray.config.serving import EngineConfig
 from unimoe_ray.data.tokenizer import end_token
 from unimoe_ray.errors import UnimoeError
-from unimoe_ray.inference.request import KINDS, Admitted, EngineBusy, GenerationRequest, Output, TokenLogprob
+from unimoe_ray.inference.request import (
+    KINDS,
+    Admitted,
+    EngineBusy,
+    EngineStopped,
+    GenerationRequest,
+    Output,
+    TokenLogprob,
+)
 from unimoe_ray.inference.sequence import Sequence, embed_next
 from unimoe_ray.inference.text import token_bytes
 from unimoe_ray.inference.vllm_plugin.frames import read_frame, write_frame
@@ -61,7 +69,7 @@ class VllmEngine:
         self.queue_seconds: deque[float] = deque(maxlen=4096)
         self.step_tokens: deque[int] = deque(maxlen=4096)
         self.kv_tokens = config.max_running * self.max_positions if config.kv_tokens == "auto" else config.kv_tokens
-        self._streams: dict[str, asyncio.Queue[dict[str, Any]]] = {}
+        self._streams: dict[str, asyncio.Queue[dict[str, Any] | EngineStopped]] = {}
         self._running: dict[str, Sequence] = {}
         self._wishes: queue.Queue[tuple[dict[str, Any], list[np.ndarray]] | None] = queue.Queue()
         self._folder = tempfile.TemporaryDirectory(prefix="unimoe-vllm-")
@@ -92,7 +100,10 @@ class VllmEngine:
         try:
             yield Admitted(sequence.prompt_tokens, sequence.max_new_tokens)
             while not finished:
-                output = self._output(sequence, await answers.get())
+                answer = await answers.get()
+                if isinstance(answer, EngineStopped):
+                    raise answer
+                output = self._output(sequence, answer)
                 finished = output.finish_reason is not None
                 yield output
         finally:
@@ -112,7 +123,7 @@ class VllmEngine:
 
     def check(self) -> None:
         if self._process.poll() is not None:
-            raise RuntimeError(STOPPED)
+            raise EngineStopped(STOPPED)
 
     def close(self) -> None:
         self._wishes.put(None)
@@ -245,7 +256,7 @@ class VllmEngine:
 
     def _fail_all(self, reason: str) -> None:
         for answers in self._streams.values():
-            answers.put_nowait({"error": reason})
+            answers.put_nowait(EngineStopped(reason))
 
     def _last_words(self) -> str:
         self._log.seek(0)
