@@ -19,6 +19,7 @@ from serve.http import Endpoint, build_app
 from serve.keys import ApiKeys, Buckets, Caller
 from serve.metrics import IngressMetrics, cluster_metrics
 from serve.relay import Relay
+from serve.tracing import Tracer
 from unimoe_ray.config.serving import ServingConfig
 
 HEALTH_TIMEOUT_S = 5.0
@@ -93,6 +94,7 @@ class Ingress:
                 chat=chat,
                 keys=self._keys,
                 rates=SharedLimits(),
+                tracer=Tracer(self._config.tracing, "ingress"),
                 limits=self._config.limits,
                 healthy=self._unhealthy,
                 metrics=cluster_metrics,

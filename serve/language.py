@@ -15,6 +15,7 @@ import torch
 
 from serve.calls import Started, Task
 from serve.metrics import LanguageMetrics
+from serve.tracing import Tracer
 from unimoe_ray.config import parse
 from unimoe_ray.data.schema import Media, Sample
 from unimoe_ray.data.shorten import shorten
@@ -46,9 +47,23 @@ class LanguageModel:
         self._experts = tuple(info.model["moe"]["slots"]) if info.sparse else ()
         self._backend: AsyncEngine | None = None
         self._metrics = LanguageMetrics(self._experts)
+        self._tracer = Tracer(serving.tracing, "language")
 
     async def generate(self, task: Task, *soft_tokens: np.ndarray) -> AsyncIterator[Started | Output]:
         """``soft_tokens``: [M, H] of each media file, in the order of the placeholders. Raises RequestRefused."""
+        with self._tracer.span("generate", task.trace, goes_on_from=len(task.generated)) as span:
+            tokens = 0
+            async with aclosing(self._generate(task, soft_tokens)) as items:
+                async for item in items:
+                    if isinstance(item, Started):
+                        span.set_attribute("prompt_tokens", item.prompt_tokens)
+                    elif not tokens:
+                        span.add_event("first token")
+                    tokens += 0 if isinstance(item, Started) else len(item.token_ids)
+                    span.set_attribute("tokens", tokens)
+                    yield item
+
+    async def _generate(self, task: Task, soft_tokens: Sequence[np.ndarray]) -> AsyncIterator[Started | Output]:
         sample = Sample("", "", task.turns, tuple(Media(kind, ()) for kind in task.kinds), {})
         # Not in the event loop: a long text takes seconds, in which no health check would be answered.
         ids, note = await asyncio.to_thread(self._encode, sample, soft_tokens, task.params.max_new_tokens or 1)

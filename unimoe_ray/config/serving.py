@@ -112,6 +112,10 @@ class ServingConfig(Strict):
     api_keys_file: str | None = Field(None, description="one key per line; without it and ``keys`` anyone may ask")
     keys: list[KeyConfig] = []
     key_classes: dict[str, KeyClassConfig] = Field({}, description="'default' is that of the keys file, too")
+    tracing: str | None = Field(
+        None,
+        description="spans: to http(s)://COLLECTOR:4318/v1/traces (OTLP), or as JSON lines into /FOLDER of each node",
+    )
     media_hosts: list[Annotated[str, Field(max_length=255)]] = []
     cache_mb: float = Field(256.0, ge=0, description="soft tokens kept per ingress replica, by content")
     throughput_mode: bool = Field(False, description="Serve's HAProxy and gRPC instead of its Python proxy")
@@ -134,6 +138,13 @@ class ServingConfig(Strict):
             if not _HOST.fullmatch(host):
                 raise ValueError(f"'{host}' is not a host; allowed: example.org, *.example.org, example.org:8443")
         return hosts
+
+    @field_validator("tracing")
+    @classmethod
+    def _place_for_spans(cls, where: str | None) -> str | None:
+        if where is not None and not where.startswith(("http://", "https://", "/")):
+            raise ValueError("allowed: http(s)://COLLECTOR:4318/v1/traces or the absolute path of a folder")
+        return where
 
     @model_validator(mode="after")
     def _keys_agree(self) -> ServingConfig:
