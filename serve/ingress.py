@@ -82,6 +82,7 @@ class Ingress:
             language,
             fingerprint=fingerprint,
             cache_bytes=int(self._config.cache_mb * 1_000_000),
+            fallback_s=self._config.encoder_fallback_s,
             retry_after_s=self._config.limits.retry_after_s,
             metrics=self._metrics,
         )

@@ -8,21 +8,25 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import torch
 
-from serve.calls import Started, Task
+from serve.calls import MediaFile, Started, Task
 from serve.metrics import LanguageMetrics
 from serve.tracing import Tracer
 from unimoe_ray.config import parse
+from unimoe_ray.data.features import TOWER_OF
 from unimoe_ray.data.schema import Media, Sample
 from unimoe_ray.data.shorten import shorten
 from unimoe_ray.inference.async_engine import AsyncEngine
 from unimoe_ray.inference.engine import Engine
 from unimoe_ray.inference.request import Admitted, EngineStopped, GenerationRequest, Output
 from unimoe_ray.training.checkpoint import load_model
+
+if TYPE_CHECKING:
+    from serve.encoders import Encoder
 
 logger = logging.getLogger("ray.serve")
 METRICS_INTERVAL_S = 1.0
@@ -32,6 +36,9 @@ class LanguageModel:
     """One engine per replica, in a thread of its own."""
 
     def __init__(self, config: dict, model_dir: str):
+        self._config, self._model_dir = config, model_dir
+        self._encoders: dict[str, Encoder] = {}
+        self._loading = asyncio.Lock()
         run = parse(config)
         serving = run.serving
         threads = serving.engine.threads
@@ -84,6 +91,23 @@ class LanguageModel:
             _end(error)
         finally:
             logger.info(f"generated {tokens} tokens" if ended else f"left after {tokens} tokens: the slot is free")
+
+    async def encode(self, file: MediaFile) -> np.ndarray:
+        """Soft tokens [M, H] of a file whose own encoder is away. Raises MediaRefused."""
+        tower = TOWER_OF[file.kind]
+        async with self._loading:
+            if tower not in self._encoders:
+                logger.warning(f"no {tower} encoder: its tower is loaded here")
+                self._encoders[tower] = await asyncio.to_thread(self._load_encoder, tower)
+        return await self._encoders[tower].encode(file)
+
+    def _load_encoder(self, tower: str) -> Encoder:
+        from serve.encoders import Encoder
+
+        threads = torch.get_num_threads()
+        encoder = Encoder(self._config, self._model_dir, tower)
+        torch.set_num_threads(threads)
+        return encoder
 
     def _encode(self, sample: Sample, soft_tokens: Sequence[np.ndarray], answer: int) -> tuple[list[int], str]:
         """Ids of the prompt, and what of it was left out for want of room (if ``data.too_long`` allows that; else, or

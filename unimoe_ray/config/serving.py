@@ -118,6 +118,12 @@ class ServingConfig(Strict):
     )
     media_hosts: list[Annotated[str, Field(max_length=255)]] = []
     cache_mb: float = Field(256.0, ge=0, description="soft tokens kept per ingress replica, by content")
+    encoder_fallback_s: float | None = Field(
+        None,
+        gt=0,
+        description="a file that waits so long while no replica of its encoder runs is encoded by the language"
+        " model's replica, which then keeps that tower in its memory; null: it waits on",
+    )
     throughput_mode: bool = Field(False, description="Serve's HAProxy and gRPC instead of its Python proxy")
     ingress: DeploymentConfig = DeploymentConfig(
         num_cpus=0.5, max_ongoing_requests=512, target_ongoing_requests=64, max_queued_requests=512
