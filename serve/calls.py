@@ -10,12 +10,14 @@ from unimoe_ray.inference.request import SamplingParams
 
 @dataclass(frozen=True)
 class MediaFile:
-    """One media file of a request. kind: image, video, audio or speech; name: the request part, for messages."""
+    """One media file of a request. kind: image, video, audio or speech; name: the request part, for messages;
+    trace: the W3C traceparent of the request that it is encoded for."""
 
     kind: str
     data: bytes
     name: str
     alone: bool = False
+    trace: str = ""
 
     @property
     def key(self) -> str:
@@ -26,7 +28,8 @@ class MediaFile:
 @dataclass(frozen=True)
 class Task:
     """What the language model is asked. turns: (question with placeholders, answer), the last answer empty; kinds: of
-    the media files, in the order of their placeholders. trial, generated, priority: as in ``GenerationRequest``."""
+    the media files, in the order of their placeholders. trial, generated, priority: as in ``GenerationRequest``;
+    trace: its W3C traceparent."""
 
     request_id: str
     turns: tuple[tuple[str, str], ...]
@@ -35,6 +38,7 @@ class Task:
     trial: int = 0
     generated: tuple[int, ...] = ()
     priority: int = 0
+    trace: str = ""
 
     def key(self, media_keys: list[str]) -> str:
         """What identifies the work, whoever asks for it."""

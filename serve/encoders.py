@@ -16,6 +16,7 @@ from ray import serve
 from serve.calls import MediaFile, MediaRefused
 from serve.metrics import EncoderMetrics
 from serve.suspects import Gate
+from serve.tracing import Tracer
 from unimoe_ray.config import parse
 from unimoe_ray.config.data import DataConfig
 from unimoe_ray.config.serving import EncoderConfig
@@ -70,11 +71,18 @@ class Encoder:
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._gate = Gate()
         self._metrics = EncoderMetrics()
+        self._tracer = Tracer(serving.tracing, tower)
 
     async def encode(self, file: MediaFile) -> np.ndarray:
         """Soft tokens [M, H]. Raises MediaRefused naming the request part."""
         if file.kind not in self._kinds:
             raise ValueError(f"{file.kind} is not encoded here; allowed: {', '.join(self._kinds)}")
+        with self._tracer.span("encode", file.trace, kind=file.kind) as span:
+            values = await self._encoded(file)
+            span.set_attribute("soft_tokens", len(values))
+        return values
+
+    async def _encoded(self, file: MediaFile) -> np.ndarray:
         arrived = time.monotonic()
         loop = asyncio.get_running_loop()
         async with self._gate.enter(file.alone):

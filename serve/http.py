@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from serve.chat import MB, Chat, server_sent
 from serve.errors import ApiError
 from serve.keys import ApiKeys, Caller, Limits, admit
 from serve.openai_api import ChatRequest, model_object, parse_chat
+from serve.tracing import Tracer, traceparent
 from unimoe_ray import __version__
 from unimoe_ray.config.serving import LimitsConfig
 
@@ -44,6 +46,7 @@ class Endpoint:
     chat: Chat
     keys: ApiKeys
     rates: Limits
+    tracer: Tracer
     limits: LimitsConfig
     healthy: Callable[[], Awaitable[str | None]]
     metrics: Callable[[], Awaitable[bytes]]
@@ -90,24 +93,30 @@ def build_app(endpoint: Endpoint) -> FastAPI:
         await admit(endpoint.rates, caller)
         deadline = arrived + endpoint.limits.request_seconds
         chat = parse_chat(await _body(request, endpoint.limits))
-        task, files = await endpoint.chat.prepare(chat, _request_id(request))
-        task = replace(task, priority=caller.rights.priority)
-        who = (f" key={caller.name!r}" if caller.name else "") + (f" user={chat.user!r}" if chat.user else "")
 
         async def spend(tokens: int) -> None:
             if caller.is_limited:
                 await endpoint.rates.spend(caller, tokens)
 
-        def log(status: int, text: str) -> None:
-            _log(endpoint, request, status, f"{text} in {time.monotonic() - arrived:.3f} s{who}")
+        with ExitStack() as ending:
+            span = ending.enter_context(endpoint.tracer.span("chat", request.headers.get("traceparent", "")))
+            task, files = await endpoint.chat.prepare(chat, _request_id(request))
+            trace = traceparent(span)
+            span.set_attributes({"request_id": task.request_id, "stream": chat.stream, "files": len(files)})
+            task = replace(task, priority=caller.rights.priority, trace=trace)
+            files = [replace(file, trace=trace) for file in files]
+            who = (f" key={caller.name!r}" if caller.name else "") + (f" user={chat.user!r}" if chat.user else "")
 
-        if not chat.stream:
-            answer = await endpoint.chat.complete(chat, task, files, deadline, spend)
-            log(200, f"{answer['usage']['prompt_tokens']}+{answer['usage']['completion_tokens']} tokens")
-            return JSONResponse(answer)
-        events = endpoint.chat.stream(chat, task, files, deadline, spend)
-        first = await anext(events)  # What fails before the first token is an ordinary error answer.
-        lines = _lines(first, events, log)
+            def log(status: int, text: str) -> None:
+                _log(endpoint, request, status, f"{text} in {time.monotonic() - arrived:.3f} s{who}")
+
+            if not chat.stream:
+                answer = await endpoint.chat.complete(chat, task, files, deadline, spend)
+                log(200, f"{answer['usage']['prompt_tokens']}+{answer['usage']['completion_tokens']} tokens")
+                return JSONResponse(answer)
+            events = endpoint.chat.stream(chat, task, files, deadline, spend)
+            first = await anext(events)  # What fails before the first token is an ordinary error answer.
+            lines = _lines(first, events, log, ending.pop_all())
         return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     @app.get("/v1/models", dependencies=guarded, responses=errors)
@@ -149,9 +158,13 @@ def build_app(endpoint: Endpoint) -> FastAPI:
 
 
 async def _lines(
-    first: dict[str, Any], events: AsyncIterator[dict[str, Any]], log: Callable[[int, str], None]
+    first: dict[str, Any],
+    events: AsyncIterator[dict[str, Any]],
+    log: Callable[[int, str], None],
+    ending: ExitStack,
 ) -> AsyncIterator[str]:
-    """Server-sent events; an error after the first is an event too, and then there is no [DONE]."""
+    """Server-sent events; an error after the first is an event too, and then there is no [DONE]. ``ending``: what is
+    closed after the last."""
     try:
         yield server_sent(first)
         async for event in events:
@@ -163,6 +176,7 @@ async def _lines(
         yield server_sent(error.body())
     finally:
         await events.aclose()
+        ending.close()
 
 
 async def _body(request: Request, limits: LimitsConfig) -> bytes:

@@ -19,6 +19,7 @@ from serve.http import Endpoint, build_app
 from serve.keys import ApiKeys, Buckets, Caller
 from serve.metrics import IngressMetrics, cluster_metrics
 from serve.relay import Relay
+from serve.tracing import Tracer
 from unimoe_ray.config.serving import ServingConfig
 
 HEALTH_TIMEOUT_S = 5.0
@@ -81,6 +82,7 @@ class Ingress:
             language,
             fingerprint=fingerprint,
             cache_bytes=int(self._config.cache_mb * 1_000_000),
+            fallback_s=self._config.encoder_fallback_s,
             retry_after_s=self._config.limits.retry_after_s,
             metrics=self._metrics,
         )
@@ -93,6 +95,7 @@ class Ingress:
                 chat=chat,
                 keys=self._keys,
                 rates=SharedLimits(),
+                tracer=Tracer(self._config.tracing, "ingress"),
                 limits=self._config.limits,
                 healthy=self._unhealthy,
                 metrics=cluster_metrics,

@@ -8,15 +8,17 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import torch
 
 from serve import experts
-from serve.calls import Started, Task
+from serve.calls import MediaFile, Started, Task
 from serve.metrics import LanguageMetrics
+from serve.tracing import Tracer
 from unimoe_ray.config import parse
+from unimoe_ray.data.features import TOWER_OF
 from unimoe_ray.data.schema import Media, Sample
 from unimoe_ray.data.shorten import shorten
 from unimoe_ray.inference.async_engine import AsyncEngine
@@ -24,6 +26,9 @@ from unimoe_ray.inference.engine import Engine
 from unimoe_ray.inference.request import Admitted, Backend, EngineStopped, GenerationRequest, Output
 from unimoe_ray.inference.vllm_engine import VllmEngine
 from unimoe_ray.training.checkpoint import WEIGHTS, load_model
+
+if TYPE_CHECKING:
+    from serve.encoders import Encoder
 
 logger = logging.getLogger("ray.serve")
 METRICS_INTERVAL_S = 1.0
@@ -33,6 +38,9 @@ class LanguageModel:
     """One engine per replica, in a thread of its own."""
 
     def __init__(self, config: dict, model_dir: str):
+        self._config, self._model_dir = config, model_dir
+        self._encoders: dict[str, Encoder] = {}
+        self._loading = asyncio.Lock()
         run = parse(config)
         serving = run.serving
         threads = serving.engine.threads
@@ -55,9 +63,23 @@ class LanguageModel:
         self._experts = tuple(info.model["moe"]["slots"]) if info.sparse else ()
         self._backend: Backend | None = None
         self._metrics = LanguageMetrics(self._experts)
+        self._tracer = Tracer(serving.tracing, "language")
 
     async def generate(self, task: Task, *soft_tokens: np.ndarray) -> AsyncIterator[Started | Output]:
         """``soft_tokens``: [M, H] of each media file, in the order of the placeholders. Raises RequestRefused."""
+        with self._tracer.span("generate", task.trace, goes_on_from=len(task.generated)) as span:
+            tokens = 0
+            async with aclosing(self._generate(task, soft_tokens)) as items:
+                async for item in items:
+                    if isinstance(item, Started):
+                        span.set_attribute("prompt_tokens", item.prompt_tokens)
+                    elif not tokens:
+                        span.add_event("first token")
+                    tokens += 0 if isinstance(item, Started) else len(item.token_ids)
+                    span.set_attribute("tokens", tokens)
+                    yield item
+
+    async def _generate(self, task: Task, soft_tokens: Sequence[np.ndarray]) -> AsyncIterator[Started | Output]:
         sample = Sample("", "", task.turns, tuple(Media(kind, ()) for kind in task.kinds), {})
         # Not in the event loop: a long text takes seconds, in which no health check would be answered.
         ids, note = await asyncio.to_thread(self._encode, sample, soft_tokens, task.params.max_new_tokens or 1)
@@ -78,6 +100,23 @@ class LanguageModel:
             _end(error)
         finally:
             logger.info(f"generated {tokens} tokens" if ended else f"left after {tokens} tokens: the slot is free")
+
+    async def encode(self, file: MediaFile) -> np.ndarray:
+        """Soft tokens [M, H] of a file whose own encoder is away. Raises MediaRefused."""
+        tower = TOWER_OF[file.kind]
+        async with self._loading:
+            if tower not in self._encoders:
+                logger.warning(f"no {tower} encoder: its tower is loaded here")
+                self._encoders[tower] = await asyncio.to_thread(self._load_encoder, tower)
+        return await self._encoders[tower].encode(file)
+
+    def _load_encoder(self, tower: str) -> Encoder:
+        from serve.encoders import Encoder
+
+        threads = torch.get_num_threads()
+        encoder = Encoder(self._config, self._model_dir, tower)
+        torch.set_num_threads(threads)
+        return encoder
 
     def _encode(self, sample: Sample, soft_tokens: Sequence[np.ndarray], answer: int) -> tuple[list[int], str]:
         """Ids of the prompt, and what of it was left out for want of room (if ``data.too_long`` allows that; else, or

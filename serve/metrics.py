@@ -33,6 +33,13 @@ class IngressMetrics:
         self._cache = Counter("unimoe_embedding_cache_total", "Media by kind and outcome.", ("kind", "outcome"))
         self._cache_bytes = Gauge("unimoe_embedding_cache_bytes", "Soft tokens kept for reuse.")
 
+        self._fallbacks = Counter(
+            "unimoe_encoder_fallbacks_total", "Files that no encoder replica took, by kind.", ("kind",)
+        )
+
+    def fallback(self, kind: str) -> None:
+        self._fallbacks.inc(tags={"kind": kind})
+
     def answered(self, status: int) -> None:
         self._requests.inc(tags={"status": str(status)})
 

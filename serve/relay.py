@@ -17,6 +17,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ray import serve
 from ray.exceptions import (
     ObjectLostError,
     RayActorError,
@@ -78,6 +79,7 @@ class Relay:
         *,
         fingerprint: str,
         cache_bytes: int,
+        fallback_s: float | None = None,
         retry_after_s: int,
         metrics: IngressMetrics,
     ):
@@ -85,6 +87,7 @@ class Relay:
         by_reference: dict[str, Any] = {"_by_reference": True}
         self._encoders = {kind: handle.options(**by_reference) for kind, handle in encoders.items()}
         self._language = language.options(stream=True, **by_reference)
+        self._fallback, self._fallback_s = language.options(**by_reference), fallback_s
         self._fingerprint = fingerprint
         self._cache: EmbeddingCache[DeploymentResponse] = EmbeddingCache(cache_bytes)
         self._suspects = Suspects()
@@ -173,7 +176,13 @@ class Relay:
         if not self._suspects.is_suspect(key):
             response = self._encoders[file.kind].encode.remote(file)
             self._cache.put(key, response)
+            if self._fallback_s is not None and not await self._is_taken(file, response, self._fallback_s):
+                response.cancel()  # Who shares it asks again.
+                self._metrics.fallback(file.kind)
+                response = self._fallback.encode.remote(file)
+                self._cache.put(key, response)
             return response
+        # Never in the language model's replica, which it may crash.
         async with self._turn(file.kind, alone=True):
             while True:
                 self._refuse_crashers(_Call("", [file], [key]))
@@ -185,6 +194,20 @@ class Relay:
             self._suspects.clear(key)
         self._cache.put(key, response)
         return response
+
+    async def _is_taken(self, file: MediaFile, response: DeploymentResponse, seconds: float) -> bool:
+        """False when no replica of the encoder has taken the file in time, nor is there one that runs."""
+        encoder = self._encoders[file.kind]
+        waiting = asyncio.ensure_future(_taken(response))
+        while not (await asyncio.wait({waiting}, timeout=seconds))[0]:
+            status = await asyncio.to_thread(serve.status)
+            states = status.applications[encoder.app_name].deployments[encoder.deployment_name].replica_states
+            if not states.get("RUNNING"):
+                logger.warning(
+                    f"no replica of {encoder.deployment_name} for {seconds:g} s: {file.kind} goes to {LANGUAGE}"
+                )
+                return False
+        return True
 
     @asynccontextmanager
     async def _turn(self, deployment: str, alone: bool) -> AsyncIterator[None]:
@@ -275,6 +298,14 @@ async def _outcome(response: DeploymentResponse) -> BaseException | None:
     """The error of an encoder's answer; None when it is there, or not known within a moment."""
     done, _ = await asyncio.wait({asyncio.ensure_future(_settled(response))}, timeout=2.0)
     return done.pop().result() if done else None
+
+
+async def _taken(response: DeploymentResponse) -> None:
+    """Returns when a replica has it; what goes wrong is for whoever uses the answer."""
+    try:
+        await response._to_object_ref()
+    except (RayError, RayServeException, asyncio.CancelledError) as error:
+        _raise_if_ours(error)
 
 
 async def _settled(response: DeploymentResponse) -> BaseException | None:

@@ -130,5 +130,11 @@ def servable_run(tmp_path_factory) -> TinyRun:
 
 
 @pytest.fixture(scope="session")
-def endpoint(servable_run) -> Iterator[Endpoint]:
-    yield from serve_run(servable_run.config)
+def traces(tmp_path_factory) -> Path:
+    """Where the endpoint's spans go."""
+    return tmp_path_factory.mktemp("traces")
+
+
+@pytest.fixture(scope="session")
+def endpoint(servable_run, traces) -> Iterator[Endpoint]:
+    yield from serve_run(servable_run.config, f"serving.tracing={traces}")

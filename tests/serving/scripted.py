@@ -22,6 +22,7 @@ from serve.chat import Chat
 from serve.errors import ApiError
 from serve.http import Endpoint, build_app
 from serve.keys import ApiKeys, Buckets
+from serve.tracing import Tracer
 from unimoe_ray.config.serving import ServingConfig
 from unimoe_ray.inference.request import KINDS, Output, TokenLogprob
 
@@ -141,7 +142,9 @@ def serving(
     observer = type("Observer", (), {"ttft": times[0], "inter_token": times[1]})
     chat = Chat(site_runner, config, MODEL, voice_as, observer)
     keys, rates = ApiKeys(config), Buckets()
-    app = build_app(Endpoint(MODEL, chat, keys, rates, config.limits, healthy, metrics, statuses.append))
+    app = build_app(
+        Endpoint(MODEL, chat, keys, rates, Tracer(None, "test"), config.limits, healthy, metrics, statuses.append)
+    )
     options = {"log_config": None, "access_log": False, "lifespan": "off", "timeout_graceful_shutdown": 1}
     server = uvicorn.Server(uvicorn.Config(app, **options))
     with socket.create_server(("127.0.0.1", 0)) as listening:

@@ -196,6 +196,7 @@ def test_the_dashboard_shows_metrics_that_exist():
         "unimoe_encoder_batch_seconds",
         "unimoe_encoder_batch_cost",
         "unimoe_embedding_cache_bytes",
+        "unimoe_encoder_fallbacks_total",
     }
 
 

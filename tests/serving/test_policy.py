@@ -1,19 +1,23 @@
-"""An endpoint with two ingress replicas, API keys and little room: who is let in."""
+"""An endpoint with two ingress replicas, API keys and little room: who is let in, and what a burst does to it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import requests
 
 from tests.serving.conftest import Endpoint, serve_run
 from tests.serving.media import text
+from tests.tiny import make_servable_run
 
 pytestmark = pytest.mark.slow
 MAX_WAIT_S = 3.0
@@ -26,7 +30,10 @@ QUESTIONS = [f"what is this? number {number}" for number in range(8)]
 
 
 @pytest.fixture(scope="module")
-def policed(servable_run) -> Iterator[Endpoint]:
+def policed(tmp_path_factory) -> Iterator[Endpoint]:
+    """Its model is large enough to be what takes the time, and not the way to it."""
+    language = {"max_positions": 512, "hidden_size": 512, "intermediate_size": 1024, "num_layers": 8, "num_heads": 8}
+    run = make_servable_run(tmp_path_factory.mktemp("policed"), model={"language": language | {"num_kv_heads": 8}})
     overrides = [
         f"serving.keys={json.dumps(KEYS)}",
         'serving.key_classes={"free": {"priority": 1}, "few": {"requests_per_minute": 6}}',
@@ -34,7 +41,7 @@ def policed(servable_run) -> Iterator[Endpoint]:
         "serving.engine.max_running=4",
         f"serving.limits.max_wait_s={MAX_WAIT_S}",
     ]
-    yield from serve_run(servable_run.config, *overrides)
+    yield from serve_run(run.config, *overrides)
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Reply:
     retry_after: str | None
 
 
-def ask(endpoint: Endpoint, question: str, key: str = "free", tokens: int = 120) -> Reply:
+def ask(endpoint: Endpoint, question: str, key: str = "free", tokens: int = 40) -> Reply:
     begun = time.monotonic()
     body = {"model": endpoint.model, "messages": [{"role": "user", "content": [text(question)]}], "temperature": 0}
     body |= {"max_completion_tokens": tokens, "stop": ["~~~~"]}
@@ -67,3 +74,42 @@ def test_a_limit_is_one_over_all_ingress_replicas(policed):
     assert all(1 <= int(reply.retry_after) <= 10 for reply in refused)
     assert len(policed.replicas("ingress")) == 2
     assert ask(policed, QUESTIONS[0]).status == 200
+
+
+def burst(endpoint: Endpoint, seconds: float) -> None:
+    """Open-loop traffic at 1.5 times of what the model answers when as many as it has room for ask again and again."""
+    right = {question: ask(endpoint, question).text for question in QUESTIONS}
+    assert len(set(right.values())) == len(QUESTIONS)
+    with ThreadPoolExecutor(4) as pool:
+        begun = time.monotonic()
+        closed = list(pool.map(lambda n: ask(endpoint, QUESTIONS[n % 8]), range(60)))
+        capacity = 60 / (time.monotonic() - begun)
+    alone = max(reply.seconds for reply in closed)
+    rng, at, asked = random.Random(1), 0.0, []
+    with ThreadPoolExecutor(400) as pool:
+        begun = time.monotonic()
+        while at < seconds:
+            time.sleep(max(0.0, begun + at - time.monotonic()))
+            question = rng.choice(QUESTIONS)
+            asked.append((question, pool.submit(ask, endpoint, question)))
+            at += rng.expovariate(1.5 * capacity)
+        replies = [(question, reply.result(timeout=120)) for question, reply in asked]
+    accepted = [reply.seconds for _, reply in replies if reply.status == 200]
+    p50, p99 = np.percentile(accepted, [50, 99])
+    print(
+        f"capacity {capacity:.1f}/s, longest answer below it {alone:.2f} s; {len(replies)} asked in {seconds:g} s: "
+        f"{Counter((reply.status, reply.text if reply.status != 200 else '') for _, reply in replies)}; "
+        f"accepted p50 {p50:.2f} s, p99 {p99:.2f} s"
+    )
+    assert all(reply.text == right[question] for question, reply in replies if reply.status == 200)
+    sent_away = [reply for _, reply in replies if reply.status != 200]
+    assert {reply.status for reply in sent_away} <= {429, 503}
+    assert all(int(reply.retry_after) >= 1 for reply in sent_away)
+    assert 0.5 * len(replies) < len(accepted)
+    assert p99 < 2 * MAX_WAIT_S + 2 * alone
+    assert ask(endpoint, QUESTIONS[0]).text == right[QUESTIONS[0]]
+
+
+@pytest.mark.timeout(150)
+def test_a_burst_above_capacity(policed):
+    burst(policed, 10)

@@ -152,8 +152,18 @@ class ServingConfig(Strict):
     api_keys_file: str | None = Field(None, description="one key per line; without it and ``keys`` anyone may ask")
     keys: list[KeyConfig] = []
     key_classes: dict[str, KeyClassConfig] = Field({}, description="'default' is that of the keys file, too")
+    tracing: str | None = Field(
+        None,
+        description="spans: to http(s)://COLLECTOR:4318/v1/traces (OTLP), or as JSON lines into /FOLDER of each node",
+    )
     media_hosts: list[Annotated[str, Field(max_length=255)]] = []
     cache_mb: float = Field(256.0, ge=0, description="soft tokens kept per ingress replica, by content")
+    encoder_fallback_s: float | None = Field(
+        None,
+        gt=0,
+        description="a file that waits so long while no replica of its encoder runs is encoded by the language"
+        " model's replica, which then keeps that tower in its memory; null: it waits on",
+    )
     throughput_mode: bool = Field(False, description="Serve's HAProxy and gRPC instead of its Python proxy")
     ingress: DeploymentConfig = DeploymentConfig(
         num_cpus=0.5, max_ongoing_requests=512, target_ongoing_requests=64, max_queued_requests=512
@@ -174,6 +184,13 @@ class ServingConfig(Strict):
             if not _HOST.fullmatch(host):
                 raise ValueError(f"'{host}' is not a host; allowed: example.org, *.example.org, example.org:8443")
         return hosts
+
+    @field_validator("tracing")
+    @classmethod
+    def _place_for_spans(cls, where: str | None) -> str | None:
+        if where is not None and not where.startswith(("http://", "https://", "/")):
+            raise ValueError("allowed: http(s)://COLLECTOR:4318/v1/traces or the absolute path of a folder")
+        return where
 
     @model_validator(mode="after")
     def _keys_agree(self) -> ServingConfig:
