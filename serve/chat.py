@@ -151,9 +151,12 @@ class Chat:
         try:
             while (item := await _next_before(items, deadline)) is not None:
                 if isinstance(item, Output) and item.token_ids:
-                    now = time.monotonic()
-                    (self._observer.inter_token if tokens else self._observer.ttft).observe(now - before)
-                    before, tokens = now, tokens + 1
+                    now, new = time.monotonic(), len(item.token_ids)
+                    if tokens:
+                        self._observer.inter_token.observe((now - before) / new)
+                    else:
+                        self._observer.ttft.observe(now - before)
+                    before, tokens = now, tokens + new
                 yield item
         except TimeoutError:
             limit = f"{self._limits.request_seconds:g} s"
@@ -180,7 +183,8 @@ def server_sent(event: dict[str, Any] | str) -> str:
 async def _next_before(items: AsyncIterator[Item], deadline: float) -> Item | None:
     """The next item, None at the end. Raises TimeoutError."""
     try:
-        return await asyncio.wait_for(anext(items), max(0.0, deadline - time.monotonic()))
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):  # Unlike wait_for, it makes no task.
+            return await anext(items)
     except StopAsyncIteration:
         return None
 
