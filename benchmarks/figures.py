@@ -58,6 +58,13 @@ def _serving(record: dict) -> Iterator[Ratio]:
             yield Ratio(f"{count} requests, tokens/s", round(share, 3), "memory-bandwidth limit", "higher", 0.4)
 
 
+def _endpoint(record: dict) -> Iterator[Ratio]:
+    over = record["endpoint_over_bare"]
+    yield Ratio("tokens/s", over["tokens_per_s"], "bare uvicorn app", "higher", 0.3, 0.85)
+    yield Ratio("TTFT", over["ttft"], "bare uvicorn app", "lower", 0.5, 2.0)
+    yield Ratio("TTFT of a cached picture", record["cached_over_new_ttft"], "a new picture", "lower", 0.5, 0.4)
+
+
 def _data(record: dict) -> Iterator[Ratio]:
     for name, row in record["cpu"].items():
         if name != "plain loop":
@@ -101,6 +108,7 @@ def _sparse(record: dict) -> Iterator[Ratio]:
 FIGURES: dict[str, Callable[[dict], Iterator[Ratio]]] = {
     "batches": _batches,
     "data": _data,
+    "endpoint": _endpoint,
     "expert_parallel": _expert_parallel,
     "moe_block": _moe_block,
     "overhead": _overhead,
