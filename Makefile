@@ -6,7 +6,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 # Where this is set, every worker process would compile all it imports again: 7 s each.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help install demo ablate readme test slow lint bench manifests clean
+.PHONY: help install demo ablate readme test slow lint bench bench-check manifests clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -23,7 +23,7 @@ help:
 	echo "make readme  the ablations' figures in README, out of benchmarks/results"
 	echo "make test   the quick tests (make slow: the slow ones, resumable)"
 	echo "make lint   ruff check and format check"
-	echo "make bench  the benchmarks, at small sizes where they have them"
+	echo "make bench  the benchmarks at small sizes: benchmarks/RESULTS.md (make bench-check: their ratios beside the committed ones)"
 	echo "make manifests  render k8s/ again, after a change of the configuration or of unimoe_ray/kuberay"
 	echo "make clean  remove the environment and caches (runs/ stays)"
 
@@ -73,10 +73,10 @@ lint: $(STAMP)
 	$(PY) -m ruff format --check .
 
 bench: $(STAMP)
-	@for b in $$(grep -l __main__ benchmarks/*.py); do
-	  echo "== $$b"
-	  if grep -q -- '"--small"' "$$b"; then $(PY) "$$b" --small; else $(PY) "$$b"; fi
-	done
+	@$(PY) benchmarks/run.py $(ARGS)
+
+bench-check: $(STAMP)
+	@$(PY) benchmarks/run.py --check $(ARGS)
 
 manifests: $(STAMP)
 	@for made in cpu-mini:mini gpu:uni-moe-7b-4e gpu-spot:uni-moe-7b-4e kueue:uni-moe-7b-4e; do

@@ -158,9 +158,12 @@ class Chat:
                 if isinstance(item, Started):
                     await spend(item.prompt_tokens)
                 elif item.token_ids:
-                    now = time.monotonic()
-                    (self._observer.inter_token if tokens else self._observer.ttft).observe(now - before)
-                    before, tokens = now, tokens + len(item.token_ids)
+                    now, new = time.monotonic(), len(item.token_ids)
+                    if tokens:
+                        self._observer.inter_token.observe((now - before) / new)
+                    else:
+                        self._observer.ttft.observe(now - before)
+                    before, tokens = now, tokens + new
                 yield item
         except TimeoutError:
             limit = f"{self._limits.request_seconds:g} s"
@@ -189,7 +192,8 @@ def server_sent(event: dict[str, Any] | str) -> str:
 async def _next_before(items: AsyncIterator[Item], deadline: float) -> Item | None:
     """The next item, None at the end. Raises TimeoutError."""
     try:
-        return await asyncio.wait_for(anext(items), max(0.0, deadline - time.monotonic()))
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):  # Unlike wait_for, it makes no task.
+            return await anext(items)
     except StopAsyncIteration:
         return None
 

@@ -21,7 +21,8 @@ def grouped(servable_run) -> Iterator[Endpoint]:
     """Two members. Experts may move after every 50 steps, for the smallest gain, and moving costs nothing."""
     group = [f"serving.language.expert_parallel.{setting}" for setting in ("size=2", "num_cpus=0.5", "interval=50")]
     planning = ["placement.tflops=1e-9", "placement.min_gain=0.001"]
-    yield from serve_run(servable_run.config, *group, *planning, "serving.limits.request_seconds=120")
+    others = ["serving.limits.request_seconds=120", "serving.engine.messages_per_s=1000"]
+    yield from serve_run(servable_run.config, *group, *planning, *others)
 
 
 def members(endpoint: Endpoint) -> list[int]:

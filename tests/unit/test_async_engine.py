@@ -40,9 +40,28 @@ def test_many_callers_at_once():
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(("per_s", "fewest", "most"), [(1e9, NEW, NEW), (1e-3, 2, 5)])
+def test_tokens_of_a_stream_come_together(per_s, fewest, most):
+    """The first text and the end at once, whatever lies between them as often as it may."""
+
+    async def main() -> None:
+        engine = AsyncEngine(Engine(MODEL, TOKENIZER, config(messages_per_s=per_s)))
+        rng = random.Random(3)
+        requests = [make_request(i, rng, max_new_tokens=NEW, logprobs=1) for i in range(4)]
+        answers = await asyncio.gather(*(collect(request, engine) for request in requests))
+        engine.close()
+        for request, (_, *outputs) in zip(requests, answers, strict=True):
+            assert tokens_of(outputs) == offline(MODEL, request)
+            assert fewest <= len(outputs) <= most
+            assert sum(len(output.logprobs) for output in outputs) == len(tokens_of(outputs))
+            assert sum(bool(output.text) for output in outputs) <= most
+
+    asyncio.run(main())
+
+
 def test_a_caller_who_leaves_frees_the_slot():
     async def main() -> None:
-        engine = AsyncEngine(Engine(MODEL, TOKENIZER, config(max_running=1)))
+        engine = AsyncEngine(Engine(MODEL, TOKENIZER, config(max_running=1, messages_per_s=1e9)))
         leaving = make_request(0, random.Random(0), max_new_tokens=60, temperature=1.0, seed=1)
         items = engine.generate(leaving)
         for _ in range(3):

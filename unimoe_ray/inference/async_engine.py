@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from unimoe_ray.inference.engine import Engine
@@ -26,10 +27,20 @@ from unimoe_ray.inference.sequence import Sequence
 STOPPED = "the engine has stopped"
 
 
+@dataclass
+class _Held:
+    """Outputs of a stream that are not told yet; told_at: when it was last told a text, ``time.monotonic``."""
+
+    outputs: list[Output] = field(default_factory=list)
+    told_at: float = 0.0
+
+
 class AsyncEngine:
     """The ``Backend`` of this package. Make and call it in one event loop; only ``_run`` is in the thread.
 
     Callers leave their wishes in an inbox that the thread empties between steps, so that the engine needs no lock.
+    A stream gets its first text and its end at once; in between, tokens of ``messages_per_s`` come together, as each
+    message costs its way through the deployments far more than its token.
     """
 
     def __init__(self, engine: Engine, max_wait_s: float = math.inf):
@@ -42,6 +53,7 @@ class AsyncEngine:
         self._wake = threading.Event()
         self._closing = False
         self._streams: dict[str, asyncio.Queue[Output | EngineStopped]] = {}
+        self._held: dict[str, _Held] = {}  # of the thread alone
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -109,9 +121,9 @@ class AsyncEngine:
                 if self.engine.waiting:
                     tokens = sum(len(output.token_ids) for output in outputs)
                     self._pace.stepped(tokens, time.perf_counter() - begun)
-                if outputs:
-                    self._loop.call_soon_threadsafe(self._deliver, outputs)
-                elif not self.engine.has_work:
+                if due := self._due(outputs, time.monotonic()):
+                    self._loop.call_soon_threadsafe(self._deliver, due)
+                elif not outputs and not self.engine.has_work:
                     self._wake.wait()
         finally:  # Nobody may wait for an engine that is gone, whatever ended it.
             error = sys.exc_info()[1]
@@ -124,8 +136,27 @@ class AsyncEngine:
             wish = self._inbox.popleft()
             if isinstance(wish, str):
                 self.engine.cancel(wish)
+                self._held.pop(wish, None)
             else:
                 self.engine.add(wish)
+
+    def _due(self, outputs: list[Output], now: float) -> list[Output]:
+        """What streams are told now, with what was held of them before."""
+        interval = 1 / self.engine.config.messages_per_s
+        due = []
+        for output in outputs:
+            held = self._held.setdefault(output.request_id, _Held())
+            held.outputs.append(output)
+            if output.finish_reason is None and now - held.told_at < interval:
+                continue
+            told = _together(held.outputs)
+            held.outputs = []
+            if told.text:
+                held.told_at = now
+            if told.finish_reason is not None:
+                del self._held[output.request_id]
+            due.append(told)
+        return due
 
     def _deliver(self, outputs: list[Output]) -> None:
         for output in outputs:
@@ -135,3 +166,15 @@ class AsyncEngine:
     def _fail_all(self, reason: str) -> None:
         for queue in self._streams.values():
             queue.put_nowait(EngineStopped(reason))
+
+
+def _together(outputs: list[Output]) -> Output:
+    """One output that says what these say one after the other."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return replace(
+        outputs[-1],
+        text="".join(output.text for output in outputs),
+        token_ids=tuple(token for output in outputs for token in output.token_ids),
+        logprobs=tuple(item for output in outputs for item in output.logprobs),
+    )

@@ -97,9 +97,9 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Output:
-    """One step of one request. ``text`` is whole characters, possibly none yet.
+    """One step of one request, or some in a row. ``text`` is whole characters, possibly none yet.
 
-    token_ids: tokens generated in this step (the end token included)
+    token_ids: tokens generated in them (the end token included)
     finish_reason: None while it goes on; ``error`` with the reason in ``error``
     expert_load: with the last output of a mixture, routed slots per kind, sparse layer and expert: [KINDS, L, E] int64
     """

@@ -1,0 +1,276 @@
+"""The endpoint beside a bare uvicorn app around the same engine: tokens per second, time to the first token.
+
+    python benchmarks/endpoint.py               16 streams of 64 tokens, hidden 256, 4 layers, 4 experts
+    python benchmarks/endpoint.py --throughput  with Serve's throughput mode (HAProxy and gRPC)
+    python benchmarks/endpoint.py --small       4 streams, two rounds: does it run, are the texts equal
+
+``endpoint`` is ``unimoe serve`` as users start it: proxy, ingress, encoders, language model, each in its process.
+``bare`` is the least that could be had: one process with uvicorn, Starlette, ``AsyncEngine`` and the same weights,
+that reads a message, encodes it, and writes each output of the engine as an event; it checks nothing, keeps no
+embeddings, survives nothing. Both have the same settings of the engine (``messages_per_s`` too) and as many threads.
+They stand side by side and are asked in turns, in another order each round, with other questions each round but the
+same for both, all streams at once, greedily; texts must be equal. TTFT is the mean over the streams, from sending to
+the first event with text. A figure is the median over rounds, a ratio the median of the ratios within each round.
+
+Media: a picture is asked about, then once more with another question; the second finds its soft tokens in the cache.
+The client shares the cores with what it measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+
+from tests.serving.conftest import free_port, serve_run
+from tests.serving.media import png
+from tests.tiny import make_servable_run
+from unimoe_ray import config as configuration
+from unimoe_ray.config import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+LANGUAGE = {
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_layers": 4,
+    "num_heads": 8,
+    "num_kv_heads": 8,
+    "max_positions": 512,
+}
+NEW = 64
+ENDPOINT, BARE = "endpoint", "bare"
+PICTURE_SIZE = 640
+
+
+@dataclass
+class Told:
+    """One streamed answer. Seconds from sending."""
+
+    text: str = ""
+    tokens: int = 0
+    first_s: float = 0.0
+
+
+@dataclass
+class Round:
+    tokens_per_s: float
+    ttft_s: float
+
+
+def bare_app(folder: Path):
+    """The app of the bare process."""
+    from contextlib import asynccontextmanager
+
+    import torch
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import PlainTextResponse, StreamingResponse
+    from starlette.routing import Route
+
+    from unimoe_ray.data.schema import Sample
+    from unimoe_ray.evaluation.evaluate import final_model
+    from unimoe_ray.inference.async_engine import AsyncEngine
+    from unimoe_ray.inference.engine import Engine
+    from unimoe_ray.inference.request import GenerationRequest, Output, SamplingParams
+    from unimoe_ray.training.checkpoint import load_model
+
+    run = configuration.load_run(folder)
+    torch.set_num_threads(max(1, int(run.serving.language.num_cpus)))
+    model, info, tokenizer = load_model(final_model(run))
+    template = info.make_template(tokenizer)
+    inner = Engine(model, tokenizer, run.serving.engine, keep_weights=False)
+    engine: AsyncEngine
+
+    @asynccontextmanager
+    async def running(app: Starlette) -> AsyncIterator[None]:
+        nonlocal engine
+        engine = AsyncEngine(inner)
+        yield
+        engine.close()
+
+    async def answer(request: Request) -> StreamingResponse:
+        body = json.loads(await request.body())
+        ids = template.encode_prompt(Sample("", "", ((body["messages"][0]["content"], ""),), (), {}))
+        asked = GenerationRequest(os.urandom(8).hex(), ids, [], SamplingParams(body["max_completion_tokens"]))
+        return StreamingResponse(events(asked), media_type="text/event-stream")
+
+    async def events(asked: GenerationRequest) -> AsyncIterator[str]:
+        tokens = 0
+        async for item in engine.generate(asked):
+            if isinstance(item, Output):
+                tokens += len(item.token_ids)
+                event = {"choices": [{"delta": {"content": item.text}, "finish_reason": item.finish_reason}]}
+                if item.finish_reason is not None:
+                    event["usage"] = {"completion_tokens": tokens}
+                yield f"data: {json.dumps(event)}\n\n"
+        yield "data: [DONE]\n\n"
+
+    async def health(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("ok")
+
+    routes = [Route("/v1/chat/completions", answer, methods=["POST"]), Route("/health", health)]
+    return Starlette(routes=routes, lifespan=running)
+
+
+def serve_bare(folder: Path, port: int) -> None:
+    import uvicorn
+
+    uvicorn.run(bare_app(folder), host="127.0.0.1", port=port, log_level="warning")
+
+
+async def listen(client: aiohttp.ClientSession, url: str, content: object) -> Told:
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": content}],
+        "temperature": 0,
+        "max_completion_tokens": NEW,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    told, sent = Told(), time.perf_counter()
+    async with client.post(f"{url}/v1/chat/completions", json=body) as reply:
+        reply.raise_for_status()
+        async for line in reply.content:
+            payload = line.decode().strip().removeprefix("data: ")
+            if not payload or payload == "[DONE]":
+                continue
+            event = json.loads(payload)
+            if "error" in event:
+                raise SystemExit(f"{url}: {event['error']['message']}")
+            told.tokens = (event.get("usage") or {}).get("completion_tokens", told.tokens)
+            if text := "".join(choice["delta"].get("content", "") for choice in event["choices"]):
+                told.first_s = told.first_s or time.perf_counter() - sent
+                told.text += text
+    return told
+
+
+async def ask_all(client: aiohttp.ClientSession, url: str, questions: list[str]) -> tuple[Round, list[str]]:
+    begun = time.perf_counter()
+    answers = await asyncio.gather(*(listen(client, url, question) for question in questions))
+    seconds = time.perf_counter() - begun
+    speed = sum(told.tokens for told in answers) / seconds
+    first = statistics.mean(told.first_s for told in answers if told.text)
+    return Round(speed, first), [told.text for told in answers]
+
+
+def make_questions(streams: int, number: int) -> list[str]:
+    rng = random.Random(number)
+    words = ["what", "is", "this", "a", "red", "circle"]
+    return [" ".join(rng.choices(words, k=rng.randint(10, 30))) for _ in range(streams)]
+
+
+async def measure(urls: dict[str, str], streams: int, rounds: int) -> tuple[dict[str, list[Round]], list[float]]:
+    """Rounds of both, and the ratios of a cached picture's TTFT to that of a new one."""
+    found: dict[str, list[Round]] = {name: [] for name in urls}
+    cached = []
+    timeout = aiohttp.ClientTimeout(total=120)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as client:
+        for number in range(-1, rounds):  # The round before the first warms up.
+            questions, texts = make_questions(streams, number), {}
+            for name in random.Random(number).sample(list(urls), len(urls)):
+                result, texts[name] = await ask_all(client, urls[name], questions)
+                if number >= 0:
+                    found[name].append(result)
+            if texts[ENDPOINT] != texts[BARE]:
+                raise SystemExit(f"round {number}: the endpoint and the bare app give different texts")
+        for number in range(-1, rounds):
+            data = base64.b64encode(png(number + 1, PICTURE_SIZE)).decode()
+            picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+            questions = make_questions(2, 1000 + number)
+            first, again = [
+                await listen(client, urls[ENDPOINT], [picture, {"type": "text", "text": question}])
+                for question in questions
+            ]
+            if number >= 0:
+                cached.append(again.first_s / first.first_s)
+    return found, cached
+
+
+def wait_for(url: str, process: subprocess.Popen, seconds: float = 120) -> None:
+    import requests
+
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            requests.get(f"{url}/health", timeout=5).raise_for_status()
+            return
+        except requests.RequestException as error:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the bare app did not start: {error}") from None
+            time.sleep(0.3)
+
+
+def run_both(settings: Config, streams: int, rounds: int) -> tuple[dict[str, list[Round]], list[float]]:
+    port = free_port()
+    command = [sys.executable, str(ROOT / "benchmarks/endpoint.py"), "--bare", str(settings.run_dir), str(port)]
+    bare = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    serving = serve_run(settings)
+    try:
+        urls = {ENDPOINT: next(serving).url, BARE: f"http://127.0.0.1:{port}"}
+        wait_for(urls[BARE], bare)
+        return asyncio.run(measure(urls, streams, rounds))
+    finally:
+        serving.close()
+        bare.terminate()
+        bare.wait(20)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--throughput", action="store_true")
+    parser.add_argument(
+        "--messages-per-s", type=float, help="of a stream, for both; the default of the engine if not given"
+    )
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--bare", nargs=2, metavar=("RUN", "PORT"), help="be the bare app, instead")
+    args = parser.parse_args()
+    if args.bare:
+        serve_bare(Path(args.bare[0]), int(args.bare[1]))
+        return
+    if args.small:
+        args.streams, args.rounds = 4, 2
+    serving = {"throughput_mode": args.throughput}
+    serving |= {name: {"max_replicas": 1} for name in ("ingress", "image", "speech", "audio")}
+    if args.messages_per_s:
+        serving["engine"] = {"messages_per_s": args.messages_per_s}
+    with tempfile.TemporaryDirectory() as folder:
+        settings = make_servable_run(Path(folder), model={"language": LANGUAGE}, serving=serving).config
+        found, cached = run_both(settings, args.streams, args.rounds)
+    pairs = list(zip(found[ENDPOINT], found[BARE], strict=True))
+    speed = statistics.median(ours.tokens_per_s / bare.tokens_per_s for ours, bare in pairs)
+    ttft = statistics.median(ours.ttft_s / bare.ttft_s for ours, bare in pairs)
+    per_s = settings.serving.engine.messages_per_s
+    print(f"{args.streams} streams of {NEW} tokens, {per_s:g} messages/s of a stream, {args.rounds} rounds")
+    print(f"{'':10}{'tokens/s':>10}{'TTFT ms':>10}")
+    record: dict = {"benchmark": "endpoint", "streams": args.streams, "rounds": args.rounds, "messages_per_s": per_s}
+    record |= {"throughput_mode": args.throughput, "load": os.getloadavg()[0]}
+    for name, results in found.items():
+        tokens = statistics.median(result.tokens_per_s for result in results)
+        first = statistics.median(result.ttft_s for result in results) * 1e3
+        print(f"{name:10}{tokens:>10.0f}{first:>10.0f}")
+        record[name] = {"tokens_per_s": round(tokens, 1), "ttft_ms": round(first, 1)}
+    again = statistics.median(cached)
+    print(f"endpoint over bare: tokens/s {speed:.2f}, TTFT {ttft:.2f}")
+    print(f"TTFT of a cached picture over that of a new one: {again:.2f}")
+    record["endpoint_over_bare"] = {"tokens_per_s": round(speed, 3), "ttft": round(ttft, 3)}
+    print(json.dumps(record | {"cached_over_new_ttft": round(again, 3)}))
+
+
+if __name__ == "__main__":
+    main()
