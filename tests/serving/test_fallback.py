@@ -18,7 +18,7 @@ QUESTION = text("what is this?")
 @pytest.fixture(scope="module")
 def crippled(servable_run) -> Iterator[Endpoint]:
     """No machine here has a GPU for its image encoder, which goes when nobody needs it and never comes."""
-    never = ["num_gpus=1", "min_replicas=0", "initial_replicas=0"]
+    never = ["num_gpus=1", "min_replicas=0", "initial_replicas=0", "shutdown_timeout_s=1"]
     overrides = [*(f"serving.image.{setting}" for setting in never), "serving.encoder_fallback_s=1"]
     yield from serve_run(servable_run.config, *overrides)
 
