@@ -79,7 +79,7 @@ def tiny_config(root: Path, **changes) -> Config:
                 }
             },
         },
-        "training": {"workers": 2},
+        "training": {"workers": 2, "elastic": {"standby_every": None}},
         "evaluation": {"max_new_tokens": 4},
     }
     return parse(_merge(tree, changes))

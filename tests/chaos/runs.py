@@ -20,7 +20,7 @@ from unimoe_ray.training.trainer import run_stage
 
 # Adam's eps is above rounding noise, of which it would make steps of full size.
 OPTIMIZER = {"eps": 1e-6}
-ELASTIC = {"grow_after": 1.0, "hang_timeout": 90.0, "start_timeout": 60.0}
+ELASTIC = {"grow_after": 1.0, "hang_timeout": 90.0, "start_timeout": 60.0, "standby_every": None}
 
 
 def make_run(root: Path, steps: int = 12, every: int = 4, model: dict | None = None) -> TinyRun:
