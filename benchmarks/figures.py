@@ -59,10 +59,12 @@ def _serving(record: dict) -> Iterator[Ratio]:
 
 
 def _endpoint(record: dict) -> Iterator[Ratio]:
-    over = record["endpoint_over_bare"]
-    yield Ratio("tokens/s", over["tokens_per_s"], "bare uvicorn app", "higher", 0.3, 0.85)
-    yield Ratio("TTFT", over["ttft"], "bare uvicorn app", "lower", 0.5, 2.0)
-    yield Ratio("TTFT of a cached picture", record["cached_over_new_ttft"], "a new picture", "lower", 0.5, 0.4)
+    for size, figures in record["sizes"].items():
+        over = figures["endpoint_over_bare"]
+        yield Ratio(f"{size}, tokens/s", over["tokens_per_s"], "bare uvicorn app", "higher", 0.3, 0.85)
+        yield Ratio(f"{size}, TTFT", over["ttft"], "bare uvicorn app", "lower", 0.5, 2.0)
+        for kind, value in figures["cached_over_new_ttft"].items():
+            yield Ratio(f"{size}, TTFT of a cached {kind}", value, "new one", "lower", 0.5, 0.4)
 
 
 def _data(record: dict) -> Iterator[Ratio]:

@@ -62,8 +62,11 @@ def run(name: str, arguments: list[str], limit_s: float) -> dict:
         try:
             out, err = process.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired:
-            stop(process)
+            about["seconds"] = limit_s
             return about | {"state": "failed", "reason": f"not done within {limit_s:g} s"}
+        finally:  # Ctrl-C and SIGTERM reach this process alone.
+            if process.poll() is None:
+                stop(process)
     about["seconds"] = round(time.monotonic() - begun, 1)
     about["notes"] = [line.strip() for line in (out + err).splitlines() if "left out" in line]
     if process.returncode:
@@ -134,6 +137,7 @@ def plot(result: dict, path: Path) -> None:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     known = find()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=known, metavar="NAME", help=", ".join(known))

@@ -106,6 +106,18 @@ def test_ratios_of_the_mixture_layer():
     ]
 
 
+def test_ratios_of_the_endpoint_have_their_targets():
+    over = {"tokens_per_s": 0.9, "ttft": 1.5}
+    found = ratios(
+        "endpoint", {"sizes": {"h256": {"endpoint_over_bare": over, "cached_over_new_ttft": {"picture": 0.3}}}}
+    )
+    assert [(r["name"], r["value"], r["better"], r["target"]) for r in found] == [
+        ("h256, tokens/s", 0.9, "higher", 0.85),
+        ("h256, TTFT", 1.5, "lower", 2.0),
+        ("h256, TTFT of a cached picture", 0.3, "lower", 0.4),
+    ]
+
+
 def test_a_benchmark_that_is_not_known_has_no_ratios():
     assert ratios("new", {"anything": 1}) == []
 
