@@ -51,6 +51,8 @@ def test_only_processes_that_wait_or_will_are_counted(tmp_path):
         assert standby.waiting(tmp_path) == 0
         busy.kill()
     with subprocess.Popen(["ray::IDLE", "60"], executable="/bin/sleep") as idle:
+        while not Path(f"/proc/{idle.pid}/cmdline").read_bytes():  # The kernel sets it a moment after the start.
+            time.sleep(0.01)
         (tmp_path / f"ready-{idle.pid}").touch()
         assert standby.waiting(tmp_path) == 1
         idle.kill()

