@@ -57,7 +57,7 @@ demo: $(STAMP)
 	@$(PY) -m jobs.pipeline --config mini
 
 ablate: $(STAMP)
-	@$(PY) -m jobs.ablate --results benchmarks/results $(ARGS)
+	@$(PY) -m jobs.ablate --split test --results benchmarks/results $(ARGS)
 
 readme: $(STAMP)
 	@$(PY) -m unimoe_ray.experiments.readme README.md

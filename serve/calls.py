@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 
-from unimoe_ray.inference.request import SamplingParams
+from unimoe_ray.inference.request import Output, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,10 @@ class Started:
     media_bytes: tuple[int, ...]
     experts: tuple[str, ...]
     note: str = ""
+
+
+# One message of a language model.
+Told = tuple[Started | Output, ...]
 
 
 class MediaRefused(Exception):

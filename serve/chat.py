@@ -20,6 +20,8 @@ from unimoe_ray.inference.request import KINDS, Output, TokenLogprob
 Item = TypeVar("Item")
 # Told how many tokens a request has taken.
 Spend = Callable[[int], Awaitable[None]]
+# A JSON object, or the word that ends a stream.
+Event = dict[str, Any] | str
 MB = 1_000_000
 
 
@@ -120,8 +122,9 @@ class Chat:
 
     async def stream(
         self, request: ChatRequest, task: Task, files: list[MediaFile], deadline: float, spend: Spend
-    ) -> AsyncIterator[dict[str, Any]]:
-        """The events of the answer; the first comes with the first text. Raises ApiError, at any time."""
+    ) -> AsyncIterator[list[Event]]:
+        """The events of the answer, those together that are there at the same time; the first come with the first
+        text. Raises ApiError, at any time."""
         answer, created, begun = Answer(), int(time.time()), False
 
         def event(delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> dict[str, Any]:
@@ -132,18 +135,21 @@ class Chat:
             answer.take(item)
             if isinstance(item, Started) or not (item.text or item.logprobs or item.finish_reason):
                 continue
-            if not begun:
-                begun = True
-                yield event({"role": "assistant", "content": ""})
+            events: list[Event] = [] if begun else [event({"role": "assistant", "content": ""})]
+            begun = True
             if item.text or item.logprobs:
-                yield event({"content": item.text}, logprobs=_logprobs(item.logprobs) if request.logprobs else None)
-        yield event({}, answer.finish_reason)
-        wants_usage = request.stream_options is not None and request.stream_options.include_usage
-        extra = ({"usage": answer.usage()} if wants_usage else {}) | answer.shortened()
-        if request.expert_load:
-            extra["expert_load"] = answer.expert_load()
-        if extra:
-            yield chunk(task.request_id, self._model, created, [], **extra)
+                logprobs = _logprobs(item.logprobs) if request.logprobs else None
+                events.append(event({"content": item.text}, logprobs=logprobs))
+            if item.finish_reason is not None:
+                events.append(event({}, item.finish_reason))
+                wants_usage = request.stream_options is not None and request.stream_options.include_usage
+                extra = ({"usage": answer.usage()} if wants_usage else {}) | answer.shortened()
+                if request.expert_load:
+                    extra["expert_load"] = answer.expert_load()
+                if extra:
+                    events.append(chunk(task.request_id, self._model, created, [], **extra))
+                events.append("[DONE]")
+            yield events
 
     async def _items(
         self, task: Task, files: list[MediaFile], deadline: float, spend: Spend
@@ -185,8 +191,8 @@ class Chat:
         return MediaFile(part.kind, data, part.name)
 
 
-def server_sent(event: dict[str, Any] | str) -> str:
-    return f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n"
+def server_sent(events: list[Event]) -> str:
+    return "".join(f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n" for event in events)
 
 
 async def _next_before(items: AsyncIterator[Item], deadline: float) -> Item | None:

@@ -17,7 +17,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from serve.chat import MB, Chat, server_sent
+from serve.chat import MB, Chat, Event, server_sent
 from serve.errors import ApiError
 from serve.keys import ApiKeys, Caller, Limits, admit
 from serve.openai_api import ChatRequest, model_object, parse_chat
@@ -158,8 +158,8 @@ def build_app(endpoint: Endpoint) -> FastAPI:
 
 
 async def _lines(
-    first: dict[str, Any],
-    events: AsyncIterator[dict[str, Any]],
+    first: list[Event],
+    events: AsyncIterator[list[Event]],
     log: Callable[[int, str], None],
     ending: ExitStack,
 ) -> AsyncIterator[str]:
@@ -167,13 +167,12 @@ async def _lines(
     closed after the last."""
     try:
         yield server_sent(first)
-        async for event in events:
-            yield server_sent(event)
-        yield server_sent("[DONE]")
+        async for more in events:
+            yield server_sent(more)
         log(200, "streamed")
     except ApiError as error:
         log(error.status, f"broke off: {error.message}")
-        yield server_sent(error.body())
+        yield server_sent([error.body()])
     finally:
         await events.aclose()
         ending.close()

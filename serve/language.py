@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from serve import experts
-from serve.calls import MediaFile, Started, Task
+from serve.calls import MediaFile, Started, Task, Told
 from serve.metrics import LanguageMetrics
 from serve.tracing import Tracer
 from unimoe_ray.config import parse
@@ -23,7 +23,7 @@ from unimoe_ray.data.schema import Media, Sample
 from unimoe_ray.data.shorten import shorten
 from unimoe_ray.inference.async_engine import AsyncEngine
 from unimoe_ray.inference.engine import Engine
-from unimoe_ray.inference.request import Admitted, Backend, EngineStopped, GenerationRequest, Output
+from unimoe_ray.inference.request import Admitted, Backend, EngineStopped, GenerationRequest
 from unimoe_ray.inference.vllm_engine import VllmEngine
 from unimoe_ray.training.checkpoint import WEIGHTS, load_model
 
@@ -65,36 +65,42 @@ class LanguageModel:
         self._metrics = LanguageMetrics(self._experts)
         self._tracer = Tracer(serving.tracing, "language")
 
-    async def generate(self, task: Task, *soft_tokens: np.ndarray) -> AsyncIterator[Started | Output]:
+    async def generate(self, task: Task, *soft_tokens: np.ndarray) -> AsyncIterator[Told]:
         """``soft_tokens``: [M, H] of each media file, in the order of the placeholders. Raises RequestRefused."""
         with self._tracer.span("generate", task.trace, goes_on_from=len(task.generated)) as span:
             tokens = 0
             async with aclosing(self._generate(task, soft_tokens)) as items:
-                async for item in items:
-                    if isinstance(item, Started):
-                        span.set_attribute("prompt_tokens", item.prompt_tokens)
-                    elif not tokens:
-                        span.add_event("first token")
-                    tokens += 0 if isinstance(item, Started) else len(item.token_ids)
+                async for told in items:
+                    for item in told:
+                        if isinstance(item, Started):
+                            span.set_attribute("prompt_tokens", item.prompt_tokens)
+                        elif not tokens:
+                            span.add_event("first token")
+                        tokens += 0 if isinstance(item, Started) else len(item.token_ids)
                     span.set_attribute("tokens", tokens)
-                    yield item
+                    yield told
 
-    async def _generate(self, task: Task, soft_tokens: Sequence[np.ndarray]) -> AsyncIterator[Started | Output]:
+    async def _generate(self, task: Task, soft_tokens: Sequence[np.ndarray]) -> AsyncIterator[Told]:
         sample = Sample("", "", task.turns, tuple(Media(kind, ()) for kind in task.kinds), {})
         # Not in the event loop: a long text takes seconds, in which no health check would be answered.
         ids, note = await asyncio.to_thread(self._encode, sample, soft_tokens, task.params.max_new_tokens or 1)
         files = list(soft_tokens[len(soft_tokens) - sum(token < 0 for token in ids) :])
         request = GenerationRequest(task.request_id, ids, files, task.params, task.trial, task.generated, task.priority)
         tokens, ended = 0, False
+        told: Told = ()
         try:
             async with aclosing(self._running().generate(request)) as items:
                 async for item in items:
                     if isinstance(item, Admitted):
                         sizes = tuple(values.nbytes for values in soft_tokens)
-                        yield Started(item.prompt_tokens, sizes, self._experts, note)
+                        told = (Started(item.prompt_tokens, sizes, self._experts, note),)
+                        if not item.waits:  # It goes with the first output: every message has its price.
+                            continue
                     else:
                         tokens += len(item.token_ids)
-                        yield item
+                        told = (*told, item)
+                    yield told
+                    told = ()
             ended = True
         except EngineStopped as error:
             _end(error)

@@ -35,7 +35,7 @@ from ray.serve.exceptions import (
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from serve.cache import EmbeddingCache
-from serve.calls import MediaFile, MediaRefused, Started, Task
+from serve.calls import MediaFile, MediaRefused, Started, Task, Told
 from serve.errors import ApiError
 from serve.metrics import IngressMetrics
 from serve.suspects import Suspects
@@ -58,7 +58,7 @@ LOST = (*CRASHED, TaskCancelledError, asyncio.CancelledError)
 @dataclass
 class _Call:
     """key: what is asked, by content; keys: of each file, by kind, content and model. started, tokens, finished: how
-    far the answer has come; alone: it is on trial now."""
+    far the answer has come; lost: how often a replica was lost with it; alone: it is on trial now."""
 
     key: str
     files: list[MediaFile]
@@ -66,6 +66,7 @@ class _Call:
     started: bool = False
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
+    lost: int = 0
     alone: bool = False
 
 
@@ -98,21 +99,21 @@ class Relay:
     async def run(self, task: Task, files: list[MediaFile]) -> AsyncIterator[Started | Output]:
         """``Started``, then outputs to the last, as if nothing happened to any replica. Raises ApiError.
 
-        An answer that has started is never sent away: it waits for a replica, for as long as the caller does.
+        An answer that has started, or had a replica that was lost, is never sent away: it waits for a replica, for as
+        long as the caller does.
         """
         keys = [f"{file.key}/{self._fingerprint}" for file in files]
         call = _Call(task.key(keys), files, keys)
         if task.params.seed is None:  # Whoever goes on must draw the same tokens.
             task = replace(task, params=replace(task.params, seed=secrets.randbits(63)))
-        lost = 0
-        while lost < MAX_TRIES:
+        while call.lost < MAX_TRIES:
             encoded: list[DeploymentResponse] = []
             try:
                 self._refuse_crashers(call)
                 encoded = await asyncio.gather(*map(self._encode, files, keys))
                 # Another name each time: the replica may still have the request, lost from sight.
-                again = replace(task, request_id=f"{task.request_id}.{lost}", generated=tuple(call.tokens))
-                async with aclosing(self._generate(again, call, lost, encoded)) as items:
+                again = replace(task, request_id=f"{task.request_id}.{call.lost}", generated=tuple(call.tokens))
+                async with aclosing(self._generate(again, call, encoded)) as items:
                     async for item in items:
                         if (told := self._take(call, item)) is not None:
                             yield told
@@ -122,7 +123,7 @@ class Relay:
                 if call.finished:
                     return
                 if await self._was_lost(call, encoded, error):
-                    lost += 1
+                    call.lost += 1
                     self._metrics.retries.inc()
                 else:
                     await asyncio.sleep(BUSY_WAIT_S)
@@ -141,7 +142,7 @@ class Relay:
         return item
 
     async def _generate(
-        self, task: Task, call: _Call, lost: int, encoded: list[DeploymentResponse]
+        self, task: Task, call: _Call, encoded: list[DeploymentResponse]
     ) -> AsyncIterator[Started | Output]:
         """A call to the language model, cancelled when it is left before its end. What a suspect says on trial is kept
         until it is over, so that no client holds up the next one by being slow."""
@@ -152,7 +153,7 @@ class Relay:
                 # It may have been cleared or refused while it waited for its turn.
                 self._refuse_crashers(call)
                 call.alone = self._suspects.is_suspect(call.key)
-                trial = TRIAL_TOKENS * 4 ** max(0, lost - 1) if call.alone else 0
+                trial = TRIAL_TOKENS * 4 ** max(0, call.lost - 1) if call.alone else 0
                 items = self._language.generate.remote(replace(task, trial=trial), *encoded)
                 if trial:
                     tried = await _tokens_of(items, trial)
@@ -160,8 +161,9 @@ class Relay:
                     call.alone = False
             for item in tried:
                 yield item
-            async for item in items:
-                yield item
+            async for told in items:
+                for item in told:
+                    yield item
             ended = True
         finally:
             if items is not None and not ended:
@@ -243,7 +245,7 @@ class Relay:
             if _is_a(outcome, CRASHED):
                 self._suspects.crashed(key, alone=False)
         if not _is_a(error, LOST):
-            if call.started and _is_busy(error):
+            if (call.started or call.lost) and _is_busy(error):
                 return False
             raise self._api_error(error) from error
         if not lost and _is_a(error, CRASHED):
@@ -272,15 +274,15 @@ class Relay:
         return ApiError(500, f"the model failed ({type(cause).__name__})")
 
 
-async def _tokens_of(items: AsyncIterator[Started | Output], count: int) -> list[Started | Output]:
+async def _tokens_of(items: AsyncIterator[Told], count: int) -> list[Started | Output]:
     """What comes with the first ``count`` tokens; less if that is all."""
     taken: list[Started | Output] = []
-    async for item in items:
-        taken.append(item)
-        if isinstance(item, Output):
-            count -= len(item.token_ids)
-            if count <= 0 or item.finish_reason is not None:
-                break
+    async for told in items:
+        taken += told
+        outputs = [item for item in told if isinstance(item, Output)]
+        count -= sum(len(output.token_ids) for output in outputs)
+        if count <= 0 or any(output.finish_reason is not None for output in outputs):
+            break
     return taken
 
 

@@ -24,13 +24,12 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 
 from serve.app import deployment_options
-from serve.calls import MediaFile, Started, Task
+from serve.calls import MediaFile, Task, Told
 from serve.ingress import Ingress
 from serve.language import LanguageModel
 from unimoe_ray import config
 from unimoe_ray.config import Config
 from unimoe_ray.evaluation.evaluate import final_model
-from unimoe_ray.inference.request import Output
 
 SHAPES = {"image": (576, 4096), "video": (576, 4096), "audio": (1000, 4096), "speech": (1000, 4096)}
 DEADLY = b"kills the encoder"
@@ -51,7 +50,7 @@ class StandIn:
 class StoppingModel(LanguageModel):
     """The real one, with an engine that fails when a question says so."""
 
-    async def generate(self, task: Task, *soft_tokens: np.ndarray) -> AsyncIterator[Started | Output]:
+    async def generate(self, task: Task, *soft_tokens: np.ndarray) -> AsyncIterator[Told]:
         _, told, path = task.turns[-1][0].partition(STOP_ENGINE)
         if told and not Path(path).exists():
             Path(path).touch()

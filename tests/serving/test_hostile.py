@@ -514,11 +514,7 @@ def raw(endpoint: Endpoint, data: bytes) -> tuple[int, bytes]:
 
 
 def test_a_client_that_leaves_an_answer_in_one_piece_stops_it(endpoint):
-    """The model does not go on for nobody.
-
-    On a machine with other work a client may leave before the model has begun, on a fast one after it has finished:
-    one of several stays meets it in between.
-    """
+    """The model does not go on for nobody. One of several stays meets it at work, on machines slow and fast."""
     finished, cancelled = endpoint.metric("finished_total"), endpoint.metric("cancelled_total")
     for stay in (0.2, 0.1, 0.4, 0.05, 0.8, 1.6):
         leave_after(endpoint, stay)

@@ -11,7 +11,7 @@ from ray.exceptions import WorkerCrashedError
 from ray.serve.exceptions import BackPressureError
 
 import serve.relay
-from serve.calls import Started, Task
+from serve.calls import Started, Task, Told
 from serve.errors import ApiError
 from serve.metrics import IngressMetrics
 from serve.relay import MAX_TRIES, TRIAL_TOKENS, Relay
@@ -42,16 +42,16 @@ class Language:
         fate = self.fates.pop(0) if self.fates else None
         return Language.Call(self, self._say(task, fate))
 
-    async def _say(self, task: Task, fate) -> AsyncIterator[Started | Output]:
+    async def _say(self, task: Task, fate) -> AsyncIterator[Told]:
         if isinstance(fate, Exception):
             raise fate
-        yield Started(3, (), ())
         begin = len(task.generated)
         for n in range(begin, ANSWER):
             await asyncio.sleep(0)
             if fate is not None and n - begin == fate:
                 raise WorkerCrashedError
-            yield Output(task.request_id, f"{n} ", (n,), finish_reason="length" if n == ANSWER - 1 else None)
+            output = Output(task.request_id, f"{n} ", (n,), finish_reason="length" if n == ANSWER - 1 else None)
+            yield (Started(3, (), ()), output) if n == begin else (output,)
         if fate == ANSWER:
             raise WorkerCrashedError
 

@@ -31,7 +31,7 @@ def test_many_callers_at_once():
         answers = await asyncio.gather(*(collect(request, engine) for request in requests))
         for request, (admitted, *outputs) in zip(requests, answers, strict=True):
             spliced = sum(map(len, request.soft_tokens)) + sum(token >= 0 for token in request.ids)
-            assert admitted == Admitted(spliced, NEW)
+            assert admitted == Admitted(spliced, NEW, admitted.waits)
             assert tokens_of(outputs) == offline(MODEL, request)
         engine.close()
         with pytest.raises(EngineStopped):

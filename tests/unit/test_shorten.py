@@ -189,7 +189,7 @@ def test_chat_and_the_endpoint_say_what_they_left_out(tmp_path):
             "0", (*[("what is this?", "a red circle")] * 9, ("what?", "")), (), SamplingParams(max_new_tokens=4)
         )
         try:
-            return [item async for item in language.generate(task)][0]
+            return [told async for told in language.generate(task)][0][0]
         finally:
             language._running().close()
 

@@ -68,12 +68,13 @@ class AsyncEngine:
         wait = self.wait_s(request.priority, sequence.max_new_tokens)
         if wait > self._max_wait_s and not request.generated:
             raise EngineOverloaded(wait, self._max_wait_s)
+        waits = not self._has_room()
         queue = self._streams[request.id] = asyncio.Queue()
         self._unanswered[request.id] = (request.priority, sequence.max_new_tokens)
         self._send(sequence)
         finished, tokens = False, 0
         try:
-            yield Admitted(sequence.prompt_tokens, sequence.max_new_tokens)
+            yield Admitted(sequence.prompt_tokens, sequence.max_new_tokens, waits)
             while not finished:
                 output = await queue.get()
                 if isinstance(output, EngineStopped):
@@ -91,9 +92,12 @@ class AsyncEngine:
 
     def wait_s(self, priority: int = 0, new_tokens: int = 1) -> float:
         """Estimated seconds that a new request waits for a slot, behind those that go before it."""
-        if not self.engine.waiting and len(self._streams) < self.engine.config.max_running:
+        if self._has_room():
             return 0.0
         return self._pace.wait([most for other, most in self._unanswered.values() if other >= priority] + [new_tokens])
+
+    def _has_room(self) -> bool:
+        return not self.engine.waiting and len(self._streams) < self.engine.config.max_running
 
     def stats(self) -> dict[str, Any]:
         return self.engine.stats()

@@ -115,10 +115,12 @@ class Output:
 
 @dataclass(frozen=True)
 class Admitted:
-    """A request that the engine will answer. prompt_tokens: spliced length, media included."""
+    """A request that the engine will answer. prompt_tokens: spliced length, media included; waits: others may have to
+    end first."""
 
     prompt_tokens: int
     max_new_tokens: int
+    waits: bool = True
 
 
 class Backend(Protocol):
