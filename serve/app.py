@@ -16,6 +16,8 @@ from unimoe_ray.data.features import TOWER_OF
 from unimoe_ray.evaluation.evaluate import final_model
 from unimoe_ray.training.checkpoint import fingerprint
 
+HASH_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+
 
 def build(args: dict[str, Any]) -> Application:
     """``args``: run, the run folder; serving, settings that differ from those in its config.yaml.
@@ -38,7 +40,8 @@ def application(settings: Config) -> Application:
         tower: serve.deployment(**options[tower])(Encoder).bind(tree, str(folder), tower)
         for tower in ("image", "speech", "audio")
     }
-    language = serve.deployment(**options["language"])(LanguageModel).bind(tree, str(folder))
+    router = {"request_router_config": {"request_router_class": HASH_ROUTER}} if serving.routing == "affinity" else {}
+    language = serve.deployment(**options["language"], **router)(LanguageModel).bind(tree, str(folder))
     limits = {"deployment_actors": actors} if (actors := limits_actor(serving)) else {}
     return serve.deployment(**options["ingress"], **limits)(Ingress).bind(
         tree["serving"],

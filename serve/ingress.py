@@ -83,6 +83,7 @@ class Ingress:
             fingerprint=fingerprint,
             cache_bytes=int(self._config.cache_mb * 1_000_000),
             fallback_s=self._config.encoder_fallback_s,
+            affinity=self._config.routing == "affinity",
             retry_after_s=self._config.limits.retry_after_s,
             metrics=self._metrics,
         )

@@ -8,6 +8,7 @@ far: the client sees a pause.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import math
 import secrets
@@ -45,6 +46,8 @@ logger = logging.getLogger("ray.serve")
 LANGUAGE = "language"
 # A request that lost its replica this often for reasons of its own would be refused by then; the rest is bad luck.
 MAX_TRIES = 5
+# Characters of a question by which requests without files are said to begin alike.
+SHARED_START = 256
 # New tokens that a suspect generates alone. The replica may have been further than what was seen of it when it died:
 # who loses another one after such a trial gets a longer one.
 TRIAL_TOKENS = 8
@@ -57,10 +60,12 @@ LOST = (*CRASHED, TaskCancelledError, asyncio.CancelledError)
 
 @dataclass
 class _Call:
-    """key: what is asked, by content; keys: of each file, by kind, content and model. started, tokens, finished: how
-    far the answer has come; lost: how often a replica was lost with it; alone: it is on trial now."""
+    """key: what is asked, by content; place: of what it has in common with those that begin alike; keys: of each file,
+    by kind, content and model. started, tokens, finished: how far the answer has come; lost: how often a replica was
+    lost with it; alone: it is on trial now."""
 
     key: str
+    place: str
     files: list[MediaFile]
     keys: list[str]
     started: bool = False
@@ -81,6 +86,7 @@ class Relay:
         fingerprint: str,
         cache_bytes: int,
         fallback_s: float | None = None,
+        affinity: bool = False,
         retry_after_s: int,
         metrics: IngressMetrics,
     ):
@@ -88,6 +94,7 @@ class Relay:
         by_reference: dict[str, Any] = {"_by_reference": True}
         self._encoders = {kind: handle.options(**by_reference) for kind, handle in encoders.items()}
         self._language = language.options(stream=True, **by_reference)
+        self._affinity = affinity
         self._fallback, self._fallback_s = language.options(**by_reference), fallback_s
         self._fingerprint = fingerprint
         self._cache: EmbeddingCache[DeploymentResponse] = EmbeddingCache(cache_bytes)
@@ -103,7 +110,7 @@ class Relay:
         long as the caller does.
         """
         keys = [f"{file.key}/{self._fingerprint}" for file in files]
-        call = _Call(task.key(keys), files, keys)
+        call = _Call(task.key(keys), _place(task, keys), files, keys)
         if task.params.seed is None:  # Whoever goes on must draw the same tokens.
             task = replace(task, params=replace(task.params, seed=secrets.randbits(63)))
         while call.lost < MAX_TRIES:
@@ -154,7 +161,8 @@ class Relay:
                 self._refuse_crashers(call)
                 call.alone = self._suspects.is_suspect(call.key)
                 trial = TRIAL_TOKENS * 4 ** max(0, call.lost - 1) if call.alone else 0
-                items = self._language.generate.remote(replace(task, trial=trial), *encoded)
+                handle = self._language.options(session_id=call.place) if self._affinity else self._language
+                items = handle.generate.remote(replace(task, trial=trial), *encoded)
                 if trial:
                     tried = await _tokens_of(items, trial)
                     self._suspects.clear(call.key)
@@ -187,7 +195,7 @@ class Relay:
         # Never in the language model's replica, which it may crash.
         async with self._turn(file.kind, alone=True):
             while True:
-                self._refuse_crashers(_Call("", [file], [key]))
+                self._refuse_crashers(_Call("", "", [file], [key]))
                 response = self._encoders[file.kind].encode.remote(replace(file, alone=True))
                 outcome = await _settled(response)
                 if outcome is None or not _is_a(outcome, CRASHED):
@@ -284,6 +292,12 @@ async def _tokens_of(items: AsyncIterator[Told], count: int) -> list[Started | O
         if count <= 0 or any(output.finish_reason is not None for output in outputs):
             break
     return taken
+
+
+def _place(task: Task, keys: list[str]) -> str:
+    """Equal for requests with the same first file, else for those whose first questions begin alike."""
+    common = keys[0] if keys else task.turns[0][0][:SHARED_START]
+    return hashlib.sha256(common.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _is_busy(error: BaseException) -> bool:

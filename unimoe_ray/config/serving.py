@@ -165,6 +165,11 @@ class ServingConfig(Strict):
         description="a file that waits so long while no replica of its encoder runs is encoded by the language"
         " model's replica, which then keeps that tower in its memory; null: it waits on",
     )
+    routing: Literal["spread", "affinity"] = Field(
+        "spread",
+        description="affinity: to the language replica that has the request's first file (or else its first"
+        " question) in its cache; the next one when that is full",
+    )
     throughput_mode: bool = Field(False, description="Serve's HAProxy and gRPC instead of its Python proxy")
     ingress: DeploymentConfig = DeploymentConfig(
         num_cpus=0.5, max_ongoing_requests=512, target_ongoing_requests=64, max_queued_requests=512
