@@ -158,7 +158,7 @@ def test_the_endpoint_speaks_the_template(vicuna):
         language = LanguageModel(vicuna.config.model_dump(mode="json"), str(final_model(vicuna.config)))
         params = SamplingParams(max_new_tokens=new, temperature=0.0)
         try:
-            items = [item async for item in language.generate(Task("0", turns, (), params))]
+            items = [item async for told in language.generate(Task("0", turns, (), params)) for item in told]
         finally:
             language._running().close()
         return "".join(item.text for item in items if isinstance(item, Output))
