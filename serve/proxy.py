@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.errors import ApiError
 
 MAX_TRIES = 3
+LAST_EVENT = b"data: [DONE]\n\n"
 # Headers by which a client would steer Serve itself: switch off its cancellation, set its time limit, choose replicas.
 STEERING = (
     *(b"x-request-disconnect-disabled", b"x-request-timeout-seconds"),
@@ -96,6 +97,7 @@ class _Answer:
         self._is_stream = False
         self.started = False
         self._ended = False
+        self._told = False  # all that a stream has to say
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -107,6 +109,7 @@ class _Answer:
                 return
         elif message["type"] == "http.response.body":
             self._ended = not message.get("more_body", False)
+            self._told |= message.get("body", b"").endswith(LAST_EVENT)
             if self._start is not None:
                 self._text += message.get("body", b"")
                 if self._ended:
@@ -118,6 +121,8 @@ class _Answer:
         """Say what the ingress could not."""
         if not self.started:
             await self._write_error(503, "the server's ingress ended; try again")
+        elif not self._ended and self._told:
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
         elif not self._ended and self._is_stream:
             error = ApiError(503, "the answer broke off: the server's ingress ended", code="replica_lost")
             event = f"data: {json.dumps(error.body())}\n\n".encode()

@@ -105,6 +105,14 @@ def test_a_stream_cut_short_ends_with_an_error_event():
     assert json.loads(last["body"][6:])["error"]["code"] == "replica_lost"
 
 
+def test_a_stream_cut_short_after_its_last_event_is_whole():
+    async def app(scope, receive, send):
+        await send(START)
+        await send(body(b"data: 1\n\ndata: [DONE]\n\n", more=True))
+
+    assert ask(app) == [START, body(b"data: 1\n\ndata: [DONE]\n\n", more=True), body(b"", more=False)]
+
+
 @pytest.mark.parametrize(("status", "retry"), [(404, False), (503, True), (429, True)])
 def test_errors_in_plain_text_become_json(status, retry):
     async def app(scope, receive, send):

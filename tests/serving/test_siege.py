@@ -29,7 +29,8 @@ SLOW = 60
 
 @pytest.fixture(scope="module")
 def besieged(servable_run) -> Iterator[Endpoint]:
-    yield from serve_run(servable_run.config, "serving.limits.request_seconds=120")
+    """Without a cache, so that every picture needs its encoder."""
+    yield from serve_run(servable_run.config, "serving.limits.request_seconds=120", "serving.cache_mb=0")
 
 
 def requests_of() -> list[dict]:
