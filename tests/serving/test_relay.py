@@ -115,6 +115,8 @@ def test_one_that_has_begun_waits_for_room_and_one_that_has_not_is_sent_away(mon
     monkeypatch.setattr(serve.relay, "BUSY_WAIT_S", 0.0)
     begun = Language([5, *[BUSY] * (MAX_TRIES + 1)])
     assert is_whole(asyncio.run(heard(make_relay(begun), make_task())))
+    lost = Language([0, *[BUSY] * (MAX_TRIES + 1)])  # Before it said anything.
+    assert is_whole(asyncio.run(heard(make_relay(lost), make_task())))
     with pytest.raises(ApiError, match="too many requests are waiting") as error:
         asyncio.run(heard(make_relay(Language([BUSY])), make_task()))
     assert error.value.status == 429

@@ -33,6 +33,7 @@ def test_many_callers_at_once():
             spliced = sum(map(len, request.soft_tokens)) + sum(token >= 0 for token in request.ids)
             assert admitted == Admitted(spliced, NEW, admitted.waits)
             assert tokens_of(outputs) == offline(MODEL, request)
+        assert not answers[0][0].waits and answers[-1][0].waits
         engine.close()
         with pytest.raises(EngineStopped):
             engine.check()
