@@ -51,7 +51,8 @@ def train(run: TinyRun, stage: str = "tune", workers: int = 2, follow: Callable[
 
 
 def at(run: TinyRun, folder: Path, actions: dict[int, Callable[[], None]], label: str = "tune") -> Callable[[], None]:
-    """For ``follow`` of ``train``: does something while the workers hold before a step (``faults.hold_at``)."""
+    """For ``follow`` of ``train``: does something while the workers hold before a step (``faults.hold_at``), or wait
+    there for what comes of it (``faults.wait_at``)."""
     left = dict(actions)
 
     def follow() -> None:

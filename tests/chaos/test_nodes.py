@@ -21,11 +21,11 @@ def test_two_workers_one_and_two_again(tmp_path, ep_size):
         runs.again(run)
         run.config.training.expert_parallel.ep_size = ep_size
         follow = runs.at(run, folder, {7: nodes.kill, 10: nodes.add})
-        with faults.injected(folder, faults.hold_at(7), faults.hold_at(10), faults.wait_at(11)):
+        with faults.injected(folder, faults.hold_at(7), faults.wait_at(10)):
             runs.train(run, workers=2, follow=follow)
     lines = runs.same(run, undisturbed)
     lost, grown = runs.recoveries(run)
-    assert [line["world"] for line in lines] == [2] * 4 + [1] * 7 + [2] * 5
+    assert [line["world"] for line in lines] == [2] * 4 + [1] * 6 + [2] * 6
     assert (lost["cause"], lost["lost_steps"]) == ("lost", 2)
     assert (grown["cause"], grown["lost_steps"]) == ("resize", 0)
 
@@ -46,10 +46,10 @@ def test_four_workers_two_and_three(tmp_path):
             nodes.kill()
 
         follow = runs.at(run, folder, {7: kill_two, 10: nodes.add})
-        with faults.injected(folder, faults.hold_at(7), faults.hold_at(10), faults.wait_at(11)):
+        with faults.injected(folder, faults.hold_at(7), faults.wait_at(10)):
             runs.train(run, workers=4, follow=follow)
     lines = runs.same(run, undisturbed)
-    assert [line["world"] for line in lines] == [4] * 4 + [2] * 7 + [3] * 5
+    assert [line["world"] for line in lines] == [4] * 4 + [2] * 6 + [3] * 6
     assert [r["cause"] for r in runs.recoveries(run)] == ["lost", "resize"]
 
 
@@ -64,9 +64,9 @@ def test_a_node_that_is_about_to_be_taken_away(tmp_path, monkeypatch):
         undisturbed = Undisturbed.of(run)
         runs.again(run)
         follow = runs.at(run, folder, {6: nodes.drain})
-        with faults.injected(folder, faults.hold_at(6), faults.wait_at(7)):
+        with faults.injected(folder, faults.wait_at(6)):
             runs.train(run, workers=2, follow=follow)
     lines = runs.same(run, undisturbed)
     (recovery,) = runs.recoveries(run)
     assert (recovery["cause"], recovery["lost_steps"]) == ("preemption", 0)
-    assert [line["world"] for line in lines] == [2] * 7 + [1] * 5
+    assert [line["world"] for line in lines] == [2] * 6 + [1] * 6
