@@ -49,6 +49,11 @@ class EmbeddingCache(Generic[Response]):
             self._entries[key].nbytes = nbytes
             self._trim()
 
+    def size(self, key: str) -> int | None:
+        """Bytes of an entry; None if it is not there or not measured yet."""
+        entry = self._entries.get(key)
+        return entry.nbytes or None if entry is not None else None
+
     def drop(self, key: str, response: Response) -> None:
         """Forget an entry whose value is lost, unless another took its place."""
         entry = self._entries.get(key)

@@ -43,7 +43,7 @@ def serving(settings: Config, console: Console, stop: threading.Event) -> Iterat
     """
     options = settings.serving
     final_model(settings)  # Without one there is nothing to start Ray for.
-    for name, value in _environment(settings).items():
+    for name, value in environment(settings).items():
         os.environ.setdefault(name, value)
     if not port_is_free(options.port):
         raise UnimoeError(f"port {options.port} is in use on this machine; give another one with --port")
@@ -74,15 +74,21 @@ def serving(settings: Config, console: Console, stop: threading.Event) -> Iterat
                 serve.shutdown()
 
 
-def _environment(settings: Config) -> dict[str, str]:
+def environment(settings: Config) -> dict[str, str]:
     """What Ray and Serve read when they are imported or started."""
     variables = {
         "RAY_SERVE_LOG_TO_STDERR": "0",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy:middlewares",
+        # Fewer threads that hand a message to each other; nothing here blocks an event loop.
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_metrics_report_interval_ms": "2000",
         # How soon a deployment that scaled to zero learns that somebody waits for it.
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     }
+    if cluster.is_local(settings):
+        # A proxy that is on another node than its ingress would not learn that the node is lost (see serve.watch).
+        variables["RAY_SERVE_PROXY_USE_GRPC"] = "1"
     if settings.serving.throughput_mode:
         variables |= {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",

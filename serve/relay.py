@@ -1,8 +1,8 @@
 """One request through the deployments: media to encoders, their soft tokens to the language model, tokens back.
 
 An encoder's answer is passed on as a reference that nobody here reads: arrays go from the encoder's node to the
-language model's through the object store. When the language model's replica dies, another goes on from the tokens so
-far: the client sees a pause.
+language model's through the object store, but for small ones that are known to be so. When the language model's replica
+dies, another goes on from the tokens so far: the client sees a pause.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from ray import serve
 from ray.exceptions import (
     ObjectLostError,
@@ -40,6 +41,7 @@ from serve.calls import MediaFile, MediaRefused, Started, Task, Told
 from serve.errors import ApiError
 from serve.metrics import IngressMetrics
 from serve.suspects import Suspects
+from serve.watch import watched
 from unimoe_ray.inference.request import EngineBusy, EngineOverloaded, Output, RequestRefused
 
 logger = logging.getLogger("ray.serve")
@@ -56,6 +58,11 @@ BUSY_WAIT_S = 0.5
 # when the client that made it leaves.
 CRASHED = (RayActorError, ObjectLostError, WorkerCrashedError, ReplicaUnavailableError)
 LOST = (*CRASHED, TaskCancelledError, asyncio.CancelledError)
+# What the language model says of a task that it does not take; by reference, within a RayTaskError.
+REFUSALS = (EngineBusy, EngineOverloaded, RequestRefused)
+# Soft tokens and text up to this size travel by value: as with Ray's own calls, and a twentieth of what gRPC bears.
+MAX_VALUE_BYTES = 100_000
+MAX_VALUE_CHARACTERS = 50_000
 
 
 @dataclass
@@ -90,10 +97,11 @@ class Relay:
         retry_after_s: int,
         metrics: IngressMetrics,
     ):
-        # Serve's throughput mode would send arguments by value over gRPC, at most 4 MiB of them.
+        # By value, over gRPC, a message takes a fraction of the time, but no message may be larger than 4 MiB.
         by_reference: dict[str, Any] = {"_by_reference": True}
         self._encoders = {kind: handle.options(**by_reference) for kind, handle in encoders.items()}
         self._language = language.options(stream=True, **by_reference)
+        self._language_by_value = language.options(stream=True, _by_reference=False)
         self._affinity = affinity
         self._fallback, self._fallback_s = language.options(**by_reference), fallback_s
         self._fingerprint = fingerprint
@@ -125,7 +133,7 @@ class Relay:
                         if (told := self._take(call, item)) is not None:
                             yield told
                 return
-            except (RayError, RayServeException, asyncio.CancelledError) as error:
+            except (RayError, RayServeException, asyncio.CancelledError, *REFUSALS) as error:
                 _raise_if_ours(error)
                 if call.finished:
                     return
@@ -155,27 +163,40 @@ class Relay:
         until it is over, so that no client holds up the next one by being slow."""
         suspect, ended = self._suspects.is_suspect(call.key), False
         items, tried = None, []
+        values = await self._small(task, call.keys, encoded)
         try:
             async with self._turn(LANGUAGE, suspect):
                 # It may have been cleared or refused while it waited for its turn.
                 self._refuse_crashers(call)
                 call.alone = self._suspects.is_suspect(call.key)
                 trial = TRIAL_TOKENS * 4 ** max(0, call.lost - 1) if call.alone else 0
-                handle = self._language.options(session_id=call.place) if self._affinity else self._language
-                items = handle.generate.remote(replace(task, trial=trial), *encoded)
+                handle = self._language if values is None else self._language_by_value
+                if self._affinity:
+                    handle = handle.options(session_id=call.place)
+                items = handle.generate.remote(replace(task, trial=trial), *(encoded if values is None else values))
+                messages = items if values is None else watched(items)
                 if trial:
-                    tried = await _tokens_of(items, trial)
+                    tried = await _tokens_of(messages, trial)
                     self._suspects.clear(call.key)
                     call.alone = False
             for item in tried:
                 yield item
-            async for told in items:
+            async for told in messages:
                 for item in told:
                     yield item
             ended = True
         finally:
             if items is not None and not ended:
                 items.cancel()
+
+    async def _small(self, task: Task, keys: list[str], encoded: list[DeploymentResponse]) -> list[np.ndarray] | None:
+        """The soft tokens of a task that is small enough to go by value; None if it is not, or not known to be."""
+        sizes = [self._cache.size(key) for key in keys]
+        if None in sizes or sum(sizes) > MAX_VALUE_BYTES:
+            return None
+        if sum(len(text) for turn in task.turns for text in turn) > MAX_VALUE_CHARACTERS:
+            return None
+        return await asyncio.gather(*encoded)
 
     async def _encode(self, file: MediaFile, key: str) -> DeploymentResponse:
         """The soft tokens of a file, under way or in the object store."""

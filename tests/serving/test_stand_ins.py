@@ -18,19 +18,12 @@ from dataclasses import dataclass
 import pytest
 import requests
 
+from serve.launch import environment
 from tests.serving.conftest import ROOT, free_port
 from tests.serving.media import image, sound, text
 from tests.serving.stand_ins import DEADLY, STOP_ENGINE
 from tests.tiny import TinyRun, make_servable_run
 
-MODES = {
-    "default": {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy:middlewares"},
-    "throughput": {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # else every end takes 30 s
-    },
-}
 IMAGE_TOKENS, SOUND_TOKENS = 576, 1000
 QUESTION = text("what is this?")
 the_other_slow = pytest.mark.parametrize(
@@ -76,11 +69,13 @@ def wide_run(tmp_path_factory) -> TinyRun:
 
 @pytest.fixture(scope="module")
 def app(request, wide_run) -> Iterator[StandIns]:
+    settings = wide_run.config.model_copy(deep=True)
+    settings.serving.throughput_mode = request.param == "throughput"
     port = free_port()
     haproxy_ports = {f"RAY_SERVE_HAPROXY_{name}_PORT": str(free_port()) for name in ("METRICS", "STATS")}
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.serving.stand_ins", str(wide_run.config.run_dir), str(port)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | MODES[request.param] | haproxy_ports,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment(settings) | haproxy_ports,
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -169,7 +164,7 @@ def test_a_client_that_leaves_takes_nobody_with_it(app):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("app", MODES, indirect=True)
+@pytest.mark.parametrize("app", ["default", "throughput"], indirect=True)
 def test_a_redeployment_drops_no_request(app):
     """Long answers are under way and short ones keep coming while every deployment that changed is replaced."""
     right = app.ask(QUESTION, max_completion_tokens=500)["choices"]

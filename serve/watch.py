@@ -1,0 +1,47 @@
+"""A call by value ends as one by reference does when its replica is lost.
+
+Serve sends it over a connection to the replica. That breaks with the replica's process; but of a node whose power is
+cut nothing comes any more, and the connection would wait for minutes. Ray finds out, and this asks Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+from grpc.aio import AioRpcError
+from ray._private import state
+from ray.exceptions import WorkerCrashedError
+from ray.serve.handle import DeploymentResponseGenerator
+
+from serve.calls import Told
+
+# After so long without a word from a replica, Ray is asked whether it is still there.
+SILENCE_S = 5.0
+
+
+async def watched(items: DeploymentResponseGenerator) -> AsyncIterator[Told]:
+    """What a call says. Raises WorkerCrashedError when the connection broke, and cancels the call (which raises
+    RequestCancelledError) when its replica is dead."""
+    heard = [time.monotonic()]
+    watching = asyncio.create_task(_watch(items, heard))
+    try:
+        async for told in items:
+            heard[0] = time.monotonic()
+            yield told
+    except AioRpcError as error:
+        raise WorkerCrashedError from error
+    finally:
+        watching.cancel()
+
+
+async def _watch(items: DeploymentResponseGenerator, heard: list[float]) -> None:
+    while True:
+        await asyncio.sleep(SILENCE_S)
+        replica = items._replica_result  # None while it waits for one.
+        if replica is not None and time.monotonic() - heard[0] >= SILENCE_S:
+            known = await asyncio.to_thread(state.actors, replica._actor_id.hex())
+            if known.get("State") == "DEAD":
+                items.cancel()
+                return
