@@ -28,7 +28,7 @@ class Nodes:
         """One that has a worker, as if its power was cut: all its processes die at once, and nobody is told."""
         node = self._with_worker()
         self.others.remove(node)
-        for process in [*_raylet(node).children(recursive=True), _raylet(node)]:
+        for process in [*raylet(node).children(recursive=True), raylet(node)]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self.cluster.remove_node(node, allow_graceful=False)
@@ -43,10 +43,10 @@ class Nodes:
 
     def _with_worker(self):
         pids = _raylets_of_workers()
-        return next(node for node in self.others if _raylet(node).pid in pids)
+        return next(node for node in self.others if raylet(node).pid in pids)
 
 
-def _raylet(node) -> psutil.Process:
+def raylet(node) -> psutil.Process:
     return psutil.Process(node.all_processes["raylet"][0].process.pid)
 
 
