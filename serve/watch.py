@@ -1,7 +1,7 @@
 """A call by value ends as one by reference does when its replica is lost.
 
 Serve sends it over a connection to the replica. That breaks with the replica's process; but of a node whose power is
-cut nothing comes any more, and the connection would wait for minutes. Ray finds out, and this asks Ray.
+cut nothing comes any more, and the connection waits for a minute. Ray finds out sooner, and this asks Ray.
 """
 
 from __future__ import annotations
