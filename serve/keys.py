@@ -41,8 +41,8 @@ class ApiKeys:
             hashes = map(_digest, _read(config.api_keys_file))
             self._known += [(known, Caller(f"key {known.hex()[:8]}", classes["default"])) for known in hashes]
 
-    def check(self, request: Request) -> Caller:
-        """Raises ApiError 401."""
+    async def check(self, request: Request) -> Caller:
+        """Raises ApiError 401. Waits for nothing: if it were not async, FastAPI would take a thread for it."""
         if not self._known:
             return Caller()
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
