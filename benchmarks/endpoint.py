@@ -10,7 +10,8 @@ that reads a message, encodes it, and writes each output of the engine as an eve
 embeddings, survives nothing. Both have the same settings of the engine (``messages_per_s`` too) and as many threads.
 They stand side by side and are asked in turns, in another order each round, with other questions each round but the
 same for both, all streams at once, greedily; texts must be equal. TTFT is the mean over the streams, from sending to
-the first event with text. A figure is the median over rounds, a ratio the median of the ratios within each round.
+the first event with text. A figure is the median over rounds, a ratio the median of the ratios within each round; CPU
+time is that of all rounds.
 
 The tokenizer knows some hundred words and pieces; the vocabulary is filled up to that of serving.py with entries whose
 logits are 0, which no answer has, so that a step costs the same.
@@ -29,17 +30,20 @@ import io
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import aiohttp
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from serving import SIZES, VOCAB
@@ -54,6 +58,8 @@ from unimoe_ray.data.tokenizer import end_token, load_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 NEW = 64
 ENDPOINT, BARE = "endpoint", "bare"
+# Deployments that a text goes through.
+MEASURED = ("ingress", "language")
 
 
 @dataclass
@@ -188,14 +194,32 @@ def media_part(kind: str, seed: int) -> dict:
     return {"type": "input_audio", "input_audio": {"data": data, "format": "wav", "kind": "speech"}}
 
 
-async def measure(urls: dict[str, str], streams: int, rounds: int) -> tuple[dict[str, list[Round]], dict]:
-    """Rounds of both, and by kind of media the ratios of a cached file's TTFT to that of a new one."""
+def cpu_seconds(processes: dict[str, psutil.Process]) -> dict[str, float]:
+    """CPU time so far of the deployments of the endpoint, of Serve's proxy, and of the bare app."""
+    seconds = {BARE: sum(processes[BARE].cpu_times()[:2])}
+    for process in processes[ENDPOINT].children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            title = re.match(r"ray::(?:ServeReplica:[^:]*:)?(\w+)", " ".join(process.cmdline()))
+            if title and title[1] in (*MEASURED, "ProxyActor"):
+                name = "proxy" if title[1] == "ProxyActor" else title[1]
+                seconds[name] = seconds.get(name, 0) + sum(process.cpu_times()[:2])
+    return seconds
+
+
+async def measure(
+    urls: dict[str, str], processes: dict[str, psutil.Process], streams: int, rounds: int
+) -> tuple[dict[str, list[Round]], dict, dict]:
+    """Rounds of both, by kind of media the ratios of a cached file's TTFT to that of a new one, and the CPU seconds of
+    a text request by process."""
     found: dict[str, list[Round]] = {name: [] for name in urls}
+    before: dict[str, float] = {}
     cached: dict[str, list[float]] = {"picture": [], "speech": []}
     timeout = aiohttp.ClientTimeout(total=120)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as client:
         for number in range(-1, rounds):  # The round before the first warms up.
+            if number == 0:
+                before = cpu_seconds(processes)
             questions, texts = make_questions(streams, number), {}
             for name in random.Random(number).sample(list(urls), len(urls)):
                 result, texts[name] = await ask_all(client, urls[name], questions)
@@ -203,6 +227,8 @@ async def measure(urls: dict[str, str], streams: int, rounds: int) -> tuple[dict
                     found[name].append(result)
             if texts[ENDPOINT] != texts[BARE]:
                 raise SystemExit(f"round {number}: the endpoint and the bare app give different texts")
+        after = cpu_seconds(processes)
+        cpu = {name: (after[name] - before.get(name, 0)) / rounds / streams for name in after}
         for number in range(-1, rounds):
             for kind, ratios in cached.items():
                 part = media_part(kind, number + 1)
@@ -212,7 +238,7 @@ async def measure(urls: dict[str, str], streams: int, rounds: int) -> tuple[dict
                 ]
                 if number >= 0:
                     ratios.append(again.first_s / first.first_s)
-    return found, cached
+    return found, cached, cpu
 
 
 def wait_for(url: str, process: subprocess.Popen, seconds: float = 120) -> None:
@@ -247,22 +273,24 @@ def make_run(folder: Path, size: str, serving: dict) -> Config:
     return run.config
 
 
-def run_both(settings: Config, streams: int, rounds: int) -> tuple[dict[str, list[Round]], dict]:
+def run_both(settings: Config, streams: int, rounds: int) -> tuple[dict[str, list[Round]], dict, dict]:
     port = free_port()
     command = [sys.executable, str(ROOT / "benchmarks/endpoint.py"), "--bare", str(settings.run_dir), str(port)]
     bare = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
     serving = serve_run(settings)
     try:
-        urls = {ENDPOINT: next(serving).url, BARE: f"http://127.0.0.1:{port}"}
+        endpoint = next(serving)
+        urls = {ENDPOINT: endpoint.url, BARE: f"http://127.0.0.1:{port}"}
         wait_for(urls[BARE], bare)
-        return asyncio.run(measure(urls, streams, rounds))
+        processes = {ENDPOINT: psutil.Process(endpoint.process.pid), BARE: psutil.Process(bare.pid)}
+        return asyncio.run(measure(urls, processes, streams, rounds))
     finally:
         serving.close()
         bare.terminate()
         bare.wait(20)
 
 
-def report(size: str, found: dict[str, list[Round]], cached: dict[str, list[float]]) -> dict:
+def report(size: str, found: dict[str, list[Round]], cached: dict[str, list[float]], cpu: dict[str, float]) -> dict:
     print(f"\n{size:10}{'tokens/s':>10}{'TTFT ms':>10}")
     figures: dict = {}
     for name, results in found.items():
@@ -275,6 +303,8 @@ def report(size: str, found: dict[str, list[Round]], cached: dict[str, list[floa
     ttft = statistics.median(ours.ttft_s / bare.ttft_s for ours, bare in pairs)
     figures["endpoint_over_bare"] = {"tokens_per_s": round(speed, 3), "ttft": round(ttft, 3)}
     figures["cached_over_new_ttft"] = {kind: round(statistics.median(values), 3) for kind, values in cached.items()}
+    figures["cpu_ms_per_request"] = {name: round(1e3 * seconds, 1) for name, seconds in cpu.items()}
+    print(f"CPU ms of a request: {figures['cpu_ms_per_request']}")
     print(f"endpoint over bare: tokens/s {speed:.2f}, TTFT {ttft:.2f}")
     print(f"TTFT of a cached file over that of a new one: {figures['cached_over_new_ttft']}", flush=True)
     return figures
@@ -306,9 +336,9 @@ def main() -> None:
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
             settings = make_run(Path(folder), size, serving)
-            found, cached = run_both(settings, args.streams, args.rounds)
+            found, cached, cpu = run_both(settings, args.streams, args.rounds)
         record["messages_per_s"] = settings.serving.engine.messages_per_s
-        record["sizes"][size] = report(size, found, cached)
+        record["sizes"][size] = report(size, found, cached, cpu)
     print(json.dumps(record))
 
 

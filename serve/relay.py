@@ -161,8 +161,8 @@ class Relay:
     ) -> AsyncIterator[Started | Output]:
         """A call to the language model, cancelled when it is left before its end. What a suspect says on trial is kept
         until it is over, so that no client holds up the next one by being slow."""
-        suspect, ended = self._suspects.is_suspect(call.key), False
-        items, tried = None, []
+        suspect = self._suspects.is_suspect(call.key)
+        messages, tried = None, []
         values = await self._small(task, call.keys, encoded)
         try:
             async with self._turn(LANGUAGE, suspect):
@@ -173,8 +173,8 @@ class Relay:
                 handle = self._language if values is None else self._language_by_value
                 if self._affinity:
                     handle = handle.options(session_id=call.place)
-                items = handle.generate.remote(replace(task, trial=trial), *(encoded if values is None else values))
-                messages = items if values is None else watched(items)
+                soft_tokens = encoded if values is None else values
+                messages = watched(handle.generate.remote(replace(task, trial=trial), *soft_tokens))
                 if trial:
                     tried = await _tokens_of(messages, trial)
                     self._suspects.clear(call.key)
@@ -184,10 +184,9 @@ class Relay:
             async for told in messages:
                 for item in told:
                     yield item
-            ended = True
         finally:
-            if items is not None and not ended:
-                items.cancel()
+            if messages is not None:
+                await messages.aclose()
 
     async def _small(self, task: Task, keys: list[str], encoded: list[DeploymentResponse]) -> list[np.ndarray] | None:
         """The soft tokens of a task that is small enough to go by value; None if it is not, or not known to be."""

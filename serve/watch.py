@@ -22,18 +22,22 @@ SILENCE_S = 5.0
 
 
 async def watched(items: DeploymentResponseGenerator) -> AsyncIterator[Told]:
-    """What a call says. Raises WorkerCrashedError when the connection broke, and cancels the call (which raises
-    RequestCancelledError) when its replica is dead."""
-    heard = [time.monotonic()]
-    watching = asyncio.create_task(_watch(items, heard))
+    """What a call says. Left before its end, it is cancelled. Raises WorkerCrashedError when a connection broke, and
+    RequestCancelledError when the replica behind it is dead."""
+    heard, ended = [time.monotonic()], False
+    watching = None if items.by_reference else asyncio.create_task(_watch(items, heard))
     try:
         async for told in items:
             heard[0] = time.monotonic()
             yield told
+        ended = True
     except AioRpcError as error:
         raise WorkerCrashedError from error
     finally:
-        watching.cancel()
+        if watching is not None:
+            watching.cancel()
+        if not ended:
+            items.cancel()
 
 
 async def _watch(items: DeploymentResponseGenerator, heard: list[float]) -> None:

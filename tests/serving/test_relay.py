@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pytest
 from ray.exceptions import WorkerCrashedError
 from ray.serve.exceptions import BackPressureError
 
 import serve.relay
-from serve.calls import Started, Task, Told
+from serve.calls import MediaFile, Started, Task, Told
 from serve.errors import ApiError
 from serve.metrics import IngressMetrics
-from serve.relay import MAX_TRIES, TRIAL_TOKENS, Relay
+from serve.relay import MAX_TRIES, MAX_VALUE_BYTES, MAX_VALUE_CHARACTERS, TRIAL_TOKENS, Relay
 from unimoe_ray.inference.request import Output, SamplingParams
 
 ANSWER = 100
@@ -24,23 +25,28 @@ BUSY = BackPressureError(num_queued_requests=1, max_queued_requests=1)
 @dataclass
 class Language:
     """Says "0 1 2 ..", from where the task says. fates: of each call in turn, the tokens after which its replica dies
-    or what it raises; after them, or where one is None, nothing happens."""
+    or what it raises; after them, or where one is None, nothing happens. sizes: of the files, as it tells them;
+    ways: by value or by reference, and what came so, of each call."""
 
     fates: list = field(default_factory=list)
     tasks: list[Task] = field(default_factory=list)
-    cancelled: int = 0
+    cancelled: list[Task] = field(default_factory=list)
+    sizes: tuple[int, ...] = ()
+    ways: list[tuple[str, type]] = field(default_factory=list)
+    by_reference: bool = True
 
     def options(self, **options) -> Language:
-        return self
+        return replace(self, by_reference=options.get("_by_reference", self.by_reference))
 
     @property
     def generate(self) -> Language:
         return self
 
-    def remote(self, task: Task) -> Language.Call:
+    def remote(self, task: Task, *soft_tokens) -> Language.Call:
         self.tasks.append(task)
+        self.ways.append(("reference" if self.by_reference else "value", *map(type, soft_tokens)))
         fate = self.fates.pop(0) if self.fates else None
-        return Language.Call(self, self._say(task, fate))
+        return Language.Call(self, task, self._say(task, fate), self.by_reference)
 
     async def _say(self, task: Task, fate) -> AsyncIterator[Told]:
         if isinstance(fate, Exception):
@@ -51,32 +57,61 @@ class Language:
             if fate is not None and n - begin == fate:
                 raise WorkerCrashedError
             output = Output(task.request_id, f"{n} ", (n,), finish_reason="length" if n == ANSWER - 1 else None)
-            yield (Started(3, (), ()), output) if n == begin else (output,)
+            yield (Started(3, self.sizes, ()), output) if n == begin else (output,)
         if fate == ANSWER:
             raise WorkerCrashedError
 
     @dataclass
     class Call:
         language: Language
+        task: Task
         items: AsyncIterator
+        by_reference: bool
 
         def __aiter__(self) -> AsyncIterator:
             return self.items
 
         def cancel(self) -> None:
-            self.language.cancelled += 1
+            self.language.cancelled.append(self.task)
 
 
-def make_relay(language: Language) -> Relay:
-    return Relay({}, language, fingerprint="f", cache_bytes=0, retry_after_s=2, metrics=IngressMetrics())
+@dataclass
+class Encoder:
+    """Gives soft tokens of a size."""
+
+    nbytes: int
+
+    def options(self, **options) -> Encoder:
+        return self
+
+    @property
+    def encode(self) -> Encoder:
+        return self
+
+    def remote(self, file: MediaFile) -> Encoder.Response:
+        return Encoder.Response(np.zeros(self.nbytes, np.uint8))
+
+    @dataclass(eq=False)
+    class Response:
+        values: np.ndarray
+
+        def __await__(self) -> Iterator:
+            yield from asyncio.sleep(0).__await__()
+            return self.values
+
+
+def make_relay(language: Language, encoder: Encoder | None = None) -> Relay:
+    encoders = {} if encoder is None else {"image": encoder}
+    settings = {"fingerprint": "f", "cache_bytes": 10**9, "retry_after_s": 2}
+    return Relay(encoders, language, metrics=IngressMetrics(), **settings)
 
 
 def make_task(question: str = "what?", **params) -> Task:
     return Task(question, ((question, ""),), (), SamplingParams(**params))
 
 
-async def heard(relay: Relay, task: Task) -> list[Started | Output]:
-    return await rest_of(relay.run(task, []))
+async def heard(relay: Relay, task: Task, *files: MediaFile) -> list[Started | Output]:
+    return await rest_of(relay.run(task, list(files)))
 
 
 async def rest_of(items: AsyncIterator) -> list:
@@ -97,7 +132,7 @@ def test_another_replica_goes_on_from_the_tokens_so_far():
     assert len({task.request_id for task in language.tasks}) == 3, "the lost replica may still have the first"
     seeds = {task.params.seed for task in language.tasks}
     assert len(seeds) == 1 and None not in seeds
-    assert language.cancelled == 2
+    assert len(language.cancelled) == 2
 
 
 def test_a_seed_that_is_given_is_used():
@@ -179,3 +214,21 @@ def test_suspects_are_tried_one_after_the_other_and_then_run_together():
 
     assert asyncio.run(asyncio.wait_for(main(), 20)) == [True] * 3
     assert [task.trial for task in language.tasks] == [0] * 3 + [TRIAL_TOKENS] * 3
+
+
+def test_what_is_small_and_known_to_be_so_travels_by_value():
+    language = Language()
+    for characters in (MAX_VALUE_CHARACTERS, MAX_VALUE_CHARACTERS + 1):
+        assert is_whole(asyncio.run(heard(make_relay(language), make_task("?" * characters))))
+    assert language.ways == [("value",), ("reference",)]
+
+    async def ask_twice(nbytes: int) -> list:
+        language = Language(sizes=(nbytes,))
+        relay, picture = make_relay(language, Encoder(nbytes)), MediaFile("image", b"picture", "picture")
+        for _ in range(2):
+            await heard(relay, make_task(), picture)
+        return language.ways
+
+    by_reference = ("reference", Encoder.Response)
+    assert asyncio.run(ask_twice(MAX_VALUE_BYTES)) == [by_reference, ("value", np.ndarray)]
+    assert asyncio.run(ask_twice(MAX_VALUE_BYTES + 1)) == [by_reference] * 2
