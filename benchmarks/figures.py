@@ -95,6 +95,13 @@ def _precision(record: dict) -> Iterator[Ratio]:
             yield Ratio(f"{name}, speed", round(row["faster"], 3), "fp32", "higher", 0.3)
 
 
+def _lookup(record: dict) -> Iterator[Ratio]:
+    for name, row in record["figures"].items():
+        text, requests = name.split()
+        title = f"text '{text}', {requests} requests, tokens/s"
+        yield Ratio(title, round(row["ratio"], 3), "no guesses", "higher", 0.3)
+
+
 def _recovery(record: dict) -> Iterator[Ratio]:
     yield Ratio("ours of the whole pause", round(record["ours_s"] / record["whole_s"], 3), "whole", "lower", 0.5)
 
@@ -112,6 +119,7 @@ FIGURES: dict[str, Callable[[dict], Iterator[Ratio]]] = {
     "data": _data,
     "endpoint": _endpoint,
     "expert_parallel": _expert_parallel,
+    "lookup": _lookup,
     "moe_block": _moe_block,
     "overhead": _overhead,
     "placement": _placement,

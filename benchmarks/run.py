@@ -112,7 +112,7 @@ def plot(result: dict, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "bench"
+    matplotlib.rcParams |= {"svg.hashsalt": "bench", "svg.fonttype": "none"}
     import matplotlib.pyplot as plt
 
     bars = [
