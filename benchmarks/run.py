@@ -128,7 +128,9 @@ def plot(result: dict, path: Path) -> None:
     colours = ["#2a7f62" if is_good else "#b5553c" for is_good in good]
     axes.barh(range(len(bars)), [value - 1 for _, value, _ in bars], left=1, color=colours)
     axes.set_yticks(range(len(bars)), [title for title, _, _ in bars], fontsize=6)
-    axes.set_xscale("log")
+    axes.set_ylim(-1, len(bars))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()
     axes.set_xlabel("ratio; green: on the better side of 1")
