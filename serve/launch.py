@@ -79,7 +79,7 @@ def environment(settings: Config) -> dict[str, str]:
     variables = {
         "RAY_SERVE_LOG_TO_STDERR": "0",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy:middlewares",
-        # Fewer threads that hand a message to each other; nothing here blocks an event loop.
+        # Fewer threads that hand a message to each other; nothing here blocks an event loop for long.
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_metrics_report_interval_ms": "2000",
@@ -87,7 +87,7 @@ def environment(settings: Config) -> dict[str, str]:
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     }
     if cluster.is_local(settings):
-        # A proxy that is on another node than its ingress would not learn that the node is lost (see serve.watch).
+        # A proxy that is on another node than its ingress would learn late that the node is lost (see serve.watch).
         variables["RAY_SERVE_PROXY_USE_GRPC"] = "1"
     if settings.serving.throughput_mode:
         variables |= {

@@ -153,7 +153,7 @@ def _environment(config: Config, drain_s: int, serves: bool) -> dict[str, str]:
     if serves:
         variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "serve.proxy:middlewares"
         variables["RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "1"
-        # Fewer threads that hand a message to each other; nothing in the deployments blocks an event loop.
+        # Fewer threads that hand a message to each other; nothing in the deployments blocks one for long.
         variables["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "0"
         variables["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] = "0"
         if config.serving.throughput_mode:
