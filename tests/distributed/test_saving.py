@@ -88,10 +88,12 @@ def policies(engine, rank: int, folder: Folder) -> None:
     saver.save_now(engine, 7)
     dist.barrier()
     assert steps_of(folder) == [2, 4, 6, 7]
+    dist.barrier()  # or what the other rank still reads is gone
     saver.save_now(engine, 7)  # it is there
     saver.finish()
     dist.barrier()
     assert steps_of(folder) == [2, 4]
+    dist.barrier()
     make_saver(folder).finish()  # another attempt, which had nothing to write, knows none of them
     dist.barrier()
     assert folder.names() == [] and not Path(folder.location).exists()
