@@ -58,8 +58,6 @@ BUSY_WAIT_S = 0.5
 # when the client that made it leaves.
 CRASHED = (RayActorError, ObjectLostError, WorkerCrashedError, ReplicaUnavailableError)
 LOST = (*CRASHED, TaskCancelledError, asyncio.CancelledError)
-# What the language model says of a task that it does not take; by reference, within a RayTaskError.
-REFUSALS = (EngineBusy, EngineOverloaded, RequestRefused)
 # Soft tokens and text up to this size travel by value: as with Ray's own calls, and a twentieth of what gRPC bears.
 MAX_VALUE_BYTES = 100_000
 MAX_VALUE_CHARACTERS = 50_000
@@ -133,7 +131,7 @@ class Relay:
                         if (told := self._take(call, item)) is not None:
                             yield told
                 return
-            except (RayError, RayServeException, asyncio.CancelledError, *REFUSALS) as error:
+            except (RayError, RayServeException, asyncio.CancelledError) as error:
                 _raise_if_ours(error)
                 if call.finished:
                     return

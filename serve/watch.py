@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+import traceback
 from collections.abc import AsyncIterator
 
 from grpc.aio import AioRpcError
 from ray._private import state
-from ray.exceptions import WorkerCrashedError
+from ray.exceptions import RayError, RayTaskError, WorkerCrashedError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentResponseGenerator
 
 from serve.calls import Told
@@ -22,8 +24,8 @@ SILENCE_S = 5.0
 
 
 async def watched(items: DeploymentResponseGenerator) -> AsyncIterator[Told]:
-    """What a call says. Left before its end, it is cancelled. Raises WorkerCrashedError when a connection broke, and
-    RequestCancelledError when the replica behind it is dead."""
+    """What a call says. Left before its end, it is cancelled. Raises WorkerCrashedError when a connection broke,
+    RequestCancelledError when the replica behind it is dead, and RayTaskError for what the replica raised."""
     heard, ended = [time.monotonic()], False
     watching = None if items.by_reference else asyncio.create_task(_watch(items, heard))
     try:
@@ -33,6 +35,10 @@ async def watched(items: DeploymentResponseGenerator) -> AsyncIterator[Told]:
         ended = True
     except AioRpcError as error:
         raise WorkerCrashedError from error
+    except (RayError, RayServeException):
+        raise
+    except Exception as error:  # The replica's own, of whatever kind: over a connection it comes bare.
+        raise RayTaskError("generate", "".join(traceback.format_exception(error)), error) from None
     finally:
         if watching is not None:
             watching.cancel()

@@ -24,9 +24,9 @@ SOON = {"period_ms": 1000, "timeout_ms": 1000, "initial_delay_ms": 1000, "failur
 
 
 @contextmanager
-def silent(raylet: psutil.Process) -> Iterator[list[psutil.Process]]:
+def silent(node: psutil.Process) -> Iterator[list[psutil.Process]]:
     """All processes of a node stand still, their connections stay: for the others, its power was cut."""
-    stopped = [raylet, *raylet.children(recursive=True)]
+    stopped = [node, *node.children(recursive=True)]
     for process in stopped:
         process.suspend()
     try:
@@ -36,8 +36,8 @@ def silent(raylet: psutil.Process) -> Iterator[list[psutil.Process]]:
             process.kill()
 
 
-def of_node(raylet: psutil.Process, title: str) -> list[psutil.Process]:
-    return [child for child in raylet.children(recursive=True) if " ".join(child.cmdline()).startswith(title)]
+def of_node(node: psutil.Process, title: str) -> list[psutil.Process]:
+    return [child for child in node.children(recursive=True) if " ".join(child.cmdline()).startswith(title)]
 
 
 @pytest.fixture

@@ -16,17 +16,17 @@ from serve.calls import MediaFile, Started, Task, Told
 from serve.errors import ApiError
 from serve.metrics import IngressMetrics
 from serve.relay import MAX_TRIES, MAX_VALUE_BYTES, MAX_VALUE_CHARACTERS, TRIAL_TOKENS, Relay
-from unimoe_ray.inference.request import Output, SamplingParams
+from unimoe_ray.inference.request import Output, RequestRefused, SamplingParams
 
 ANSWER = 100
-BUSY = BackPressureError(num_queued_requests=1, max_queued_requests=1)
+BUSY = (0, BackPressureError(num_queued_requests=1, max_queued_requests=1))
 
 
 @dataclass
 class Language:
-    """Says "0 1 2 ..", from where the task says. fates: of each call in turn, the tokens after which its replica dies
-    or what it raises; after them, or where one is None, nothing happens. sizes: of the files, as it tells them;
-    ways: by value or by reference, and what came so, of each call."""
+    """Says "0 1 2 ..", from where the task says. fates: of each call in turn, the tokens after which its replica dies,
+    or what it raises and after how many; after them, or where one is None, nothing happens. sizes: of the files, as
+    it tells them; ways: by value or by reference, and what came so, of each call."""
 
     fates: list = field(default_factory=list)
     tasks: list[Task] = field(default_factory=list)
@@ -49,17 +49,16 @@ class Language:
         return Language.Call(self, task, self._say(task, fate), self.by_reference)
 
     async def _say(self, task: Task, fate) -> AsyncIterator[Told]:
-        if isinstance(fate, Exception):
-            raise fate
+        fate, error = fate if isinstance(fate, tuple) else (fate, WorkerCrashedError())
         begin = len(task.generated)
         for n in range(begin, ANSWER):
             await asyncio.sleep(0)
             if fate is not None and n - begin == fate:
-                raise WorkerCrashedError
+                raise error
             output = Output(task.request_id, f"{n} ", (n,), finish_reason="length" if n == ANSWER - 1 else None)
             yield (Started(3, self.sizes, ()), output) if n == begin else (output,)
         if fate == ANSWER:
-            raise WorkerCrashedError
+            raise error
 
     @dataclass
     class Call:
@@ -155,6 +154,28 @@ def test_one_that_has_begun_waits_for_room_and_one_that_has_not_is_sent_away(mon
     with pytest.raises(ApiError, match="too many requests are waiting") as error:
         asyncio.run(heard(make_relay(Language([BUSY])), make_task()))
     assert error.value.status == 429
+
+
+@pytest.mark.parametrize("after", [0, 5])
+def test_an_error_that_nobody_expects_ends_the_answer(after):
+    language = Language([(after, ZeroDivisionError("of the replica"))])
+
+    async def ask() -> list[Output]:
+        answered = []
+        with pytest.raises(ApiError, match=r"the model failed \(ZeroDivisionError\)") as error:
+            async for item in make_relay(language).run(make_task(), []):
+                answered.append(item)
+        assert error.value.status == 500
+        return answered[1:]
+
+    assert len(asyncio.run(ask())) == after and len(language.tasks) == 1 and language.ways == [("value",)]
+
+
+def test_a_task_that_is_refused_says_why():
+    refused = Language([(0, RequestRefused("too long", "messages"))])
+    with pytest.raises(ApiError, match="too long") as error:
+        asyncio.run(heard(make_relay(refused), make_task()))
+    assert error.value.status == 400 and error.value.param == "messages"
 
 
 def test_each_trial_that_is_stood_in_vain_makes_the_next_one_longer():
