@@ -17,7 +17,8 @@ PACKAGE = "unimoe_ray"
 ALLOWED = {
     "errors": set(),
     "config": set(),
-    "model": {"config"},
+    "kernels": set(),
+    "model": {"config", "kernels"},
     "parallel": {"config", "model"},
     "data": {"config"},
     "mini": {"config", "model", "data"},
@@ -27,7 +28,7 @@ ALLOWED = {
     "checkpoint": {"config", "parallel", "data"},
     "training": {"config", "model", "parallel", "data", "llama", "checkpoint"},
     "evaluation": {"config", "model", "data", "towers", "training", "inference"},
-    "inference": {"config", "model", "parallel", "data"},
+    "inference": {"config", "kernels", "model", "parallel", "data"},
     "analysis": {"config", "model", "data", "mini", "training", "evaluation"},
     # Its processor makes prompts of conversations, with our templates.
     "interop": {"config", "model", "data"},

@@ -26,9 +26,9 @@ from unimoe_ray.config.model import PLACEHOLDER_IDS
 from unimoe_ray.inference.engine import Engine
 from unimoe_ray.inference.forward import Span, TorchDecoder
 from unimoe_ray.inference.kv_cache import Extent
-from unimoe_ray.inference.library import KernelUnavailable, library
 from unimoe_ray.inference.native import NativeDecoder
 from unimoe_ray.inference.request import GenerationRequest, SamplingParams
+from unimoe_ray.kernels.library import KernelUnavailable, library
 
 # Prompts that begin alike
 

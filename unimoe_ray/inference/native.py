@@ -13,14 +13,14 @@ from transformers.activations import ACT2FN
 
 from unimoe_ray.inference.forward import Decoder, Span, TorchDecoder
 from unimoe_ray.inference.kv_cache import KVArena
-from unimoe_ray.inference.library import KernelUnavailable, library
+from unimoe_ray.kernels.library import KernelUnavailable, library
 from unimoe_ray.model.experts import SwiGLU
 from unimoe_ray.model.language import SparseFeedForward
 from unimoe_ray.model.unimoe import UniMoE
 
 logger = logging.getLogger(__name__)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-MAX_EXPERTS = 256  # as kernel.cpp has it
+MAX_EXPERTS = 256  # as decoder.cpp has it
 # Weights begin at cache lines, so that no vector lies in two, and lie in slabs large enough for huge pages.
 ALIGNED, SLAB = 64, 64 << 20
 
@@ -86,7 +86,7 @@ class NativeDecoder:
         decoder, config = language.get_decoder(), language.config
         head = language.get_output_embeddings()
         _check(model)
-        self._library = library()
+        self._library = library("decoder")
         self._library.scratch_bytes.restype = c_int64
         self._vector = self._library.vector_length()
         self._type = torch.int8 if quantize else head.weight.dtype

@@ -12,9 +12,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
+from unimoe_ray.model.few_rows import MAX_ROWS, Weights, mix_few_tokens, run_few_rows
+
 # On CPUs the product of few rows with a [F, H] weight is up to 1.6 times faster as ``weight @ rows.T`` (MKL). Measured
 # for these numbers of rows; with fewer it is slower, with more turning the rows costs what it gains.
-FEW_ROWS = range(12, 65)
+TURNED_ROWS = range(12, 65)
 # On GPUs a grouped product replaces the launches of each expert, but wants the weights in one stack: worth copying
 # them while a weight is no larger than this. Reasoned from bandwidths and launch times, not measured.
 GROUPED_BYTES = 4 << 20
@@ -91,6 +93,24 @@ def _run_read(experts: list[Expert], rows: torch.Tensor, counts: list[int]) -> t
         tensors = [tensor for expert in experts for p in expert for tensor in p.tensors()]
         return _Experts.apply(rows, counts, settings, *tensors)
     return _run(experts, rows, counts)
+
+
+def mix_directly(
+    experts: Sequence[nn.Module], tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Few tokens [T, H] through the experts ``chosen`` [T, K] for them, best first, mixed by ``weights`` [T, K]:
+    [T, H], and the rows of each expert [E] int64. None where this takes the whole way, by ``run_experts``."""
+    if len(tokens) > MAX_ROWS or torch.is_grad_enabled() or not tokens.is_cpu or torch.is_autocast_enabled("cpu"):
+        return None
+    found = {index: _read(experts[index]) for index in {e for row in chosen.tolist() for e in row}}
+    plain = {index: expert and _plain(expert) for index, expert in found.items()}
+    if not all(plain.values()) or torch_module._has_any_global_hook():
+        return None
+    return mix_few_tokens(plain, len(experts), tokens, chosen, weights)
+
+
+def _plain(expert: Expert) -> Weights | None:
+    return None if any(p.a is not None for p in expert) else tuple(p.weight for p in expert)
 
 
 def _want_grouped(experts: list[Expert]) -> bool:
@@ -190,11 +210,13 @@ def _run(
     """Outputs [N, H]. To ``kept`` goes, of every expert that has rows, what its backward needs: gate(x), up(x),
     silu(gate(x)), and of each projection the dropout's noise and a(x)."""
     outputs = torch.empty_like(rows)
+    plain = [_plain(expert) for expert in experts]
+    few_done = kept is None and all(plain) and run_few_rows(plain, rows, counts, outputs)
     parts = zip(counts, rows.split(counts), outputs.split(counts), experts, strict=True)
     for count, x, y, (gate, up, down) in parts:
-        if not count:
+        if not count or few_done and count <= MAX_ROWS:
             continue
-        few = count in FEW_ROWS and x.is_cpu
+        few = count in TURNED_ROWS and x.is_cpu
         turned = x.t().contiguous() if few else None
         g, *of_gate = _project(gate, x, turned)
         u, *of_up = _project(up, x, turned)

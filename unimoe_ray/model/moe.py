@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from unimoe_ray.model.experts import SwiGLU, run_experts
+from unimoe_ray.model.experts import SwiGLU, mix_directly, run_experts
 from unimoe_ray.model.routing import Routing, RoutingStats, route
 
 
@@ -39,6 +39,9 @@ class MoELayer(nn.Module):
 
     def mix(self, tokens: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens [T, H] through their experts: [T, H], and the routed slots of each expert [E] int64."""
+        mixed = mix_directly(self.experts, tokens, routing.experts, routing.weights)
+        if mixed is not None:
+            return mixed
         order, counts = sort_slots(routing.experts, self.num_experts)
         outputs = run_experts(self.experts, dispatch(tokens, order, self.top_k), counts.tolist())
         return combine(outputs, order, routing.weights), counts

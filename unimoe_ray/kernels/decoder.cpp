@@ -1,4 +1,4 @@
-// One pass of a LLaMA with mixture layers over the new tokens of many sequences, for CPUs; see native.py.
+// One pass of a LLaMA with mixture layers over the new tokens of many sequences, for CPUs; see inference/native.py.
 //
 // Weights are packed in pairs of panels: of a projection [N, K], pair p holds rows 2*p*VL .. 2*p*VL+2*VL-1 as [K][2*VL],
 // missing ones as zeros, so that weights are read in the order they lie, once for each block of tokens. Of gate and up,
@@ -21,23 +21,20 @@
 #include <omp.h>
 #include <sys/mman.h>
 
+#include "vectors.h"
+
 #if defined(__AVX512F__)
-constexpr int VL = 16, MAX_ROWS = 12;
-#elif defined(__AVX__)
-constexpr int VL = 8, MAX_ROWS = 6;
+constexpr int MAX_ROWS = 12;
 #else
-constexpr int VL = 4, MAX_ROWS = 6;
+constexpr int MAX_ROWS = 6;
 #endif
 constexpr int PAIR = 2 * VL;
 
-typedef float Vec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
-typedef int32_t Int __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef uint32_t Word __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef uint16_t Half __attribute__((vector_size(VL * 2), aligned(2), may_alias));
 typedef int8_t Byte __attribute__((vector_size(VL), aligned(1), may_alias));
 struct Bf16 { uint16_t bits; };
 
-static inline Vec load(const float *p) { return *(const Vec *)p; }
 static inline Vec load(const Bf16 *p) {
     return (Vec)(__builtin_convertvector(*(const Half *)p, Word) << 16);
 }
@@ -50,8 +47,6 @@ static inline Vec load(const int8_t *p) {  // GCC converts bytes one by one if l
     return __builtin_convertvector(__builtin_convertvector(*(const Byte *)p, Int), Vec);
 #endif
 }
-static inline void store(float *p, Vec v) { *(Vec *)p = v; }
-static inline Vec all(float x) { return x - Vec{}; }
 
 static inline float value(float x) { return x; }
 static inline float value(Bf16 x) {
@@ -71,27 +66,6 @@ static inline float sum(Vec v) {
     float total = 0;
     for (int i = 0; i < VL; i++) total += v[i];
     return total;
-}
-
-static inline Vec bounded(Vec x, float low, float high) {
-    x = x < low ? all(low) : x;
-    return x > high ? all(high) : x;
-}
-
-// e to the x, relative error 2e-7 (the polynomial of Cephes); NaN stays NaN.
-static inline Vec exponential(Vec x) {
-    x = bounded(x, -87.3f, 88.3f);
-    Int n = __builtin_convertvector(x * 1.44269504f + all(12582912.0f) - all(12582912.0f), Int);
-    Vec whole = __builtin_convertvector(n, Vec);
-    Vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    Vec y = all(1.9875691500e-4f);
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * r * r + r + 1.0f;
-    return x == x ? y * (Vec)((n + 127) << 23) : x;
 }
 
 // Products of MR rows x (stride ldx) with NP panels, to out [MR][NP * VL]. Few rows wait for memory, so weights are asked
@@ -173,9 +147,6 @@ struct Pass {
 }
 
 static long padded(long n) { return (n + PAIR - 1) / PAIR * PAIR; }
-
-struct Range { long from, to; };
-static Range share(long n, int thread, int threads) { return {n * thread / threads, n * (thread + 1) / threads}; }
 
 // Rows x [M, K] times pairs of panels; done(row, column, values) gets the PAIR outputs of a row at a time.
 template <class Done>

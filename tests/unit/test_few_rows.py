@@ -1,0 +1,196 @@
+"""The compiled way of few rows through experts against that of torch."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from unimoe_ray.kernels.library import library
+from unimoe_ray.model import few_rows, moe
+from unimoe_ray.model.experts import SwiGLU, run_experts
+from unimoe_ray.model.few_rows import MAX_ROWS, mix_few_tokens, run_few_rows
+from unimoe_ray.model.moe import MoELayer
+
+SIZES = [(16, 32), (512, 1376), (37, 23), (3, 1)]  # those of vectors, and with rests
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def weights_of(expert: SwiGLU) -> few_rows.Weights:
+    return expert.gate_proj.weight, expert.up_proj.weight, expert.down_proj.weight
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+def the_whole_way(monkeypatch, layer: MoELayer, x: torch.Tensor):
+    with monkeypatch.context() as without:
+        without.setattr(few_rows, "_kernels", lambda: None)
+        return layer(x)
+
+
+@pytest.mark.parametrize(("hidden", "inner"), SIZES)
+def test_rows_of_each_expert(hidden, inner, threads):
+    """Of those that have few: the rows of others are left."""
+    torch.manual_seed(0)
+    counts = [3, MAX_ROWS + 1, *range(MAX_ROWS + 1), 40, 0]
+    experts = [SwiGLU(hidden, inner) for _ in counts]
+    rows = torch.randn(sum(counts), hidden)
+    found = torch.full_like(rows, -1.0)
+    assert run_few_rows(list(map(weights_of, experts)), rows, counts, found)
+    for expert, part, got in zip(experts, rows.split(counts), found.split(counts), strict=True):
+        if 0 < len(part) <= MAX_ROWS:
+            assert relative_error(got, expert(part)) < 1e-6
+        else:
+            assert (got == -1).all()
+
+
+@pytest.mark.parametrize("counts", [[1, 0, 5], [MAX_ROWS, MAX_ROWS + 1, 2], [40, 50, 60]])
+def test_all_rows(counts):
+    """Each expert goes its own way, whatever the others have: a part of the experts elsewhere has the same bits."""
+    torch.manual_seed(0)
+    experts, rows = nn.ModuleList(SwiGLU(64, 96) for _ in counts), torch.randn(sum(counts), 64)
+    found = run_experts(experts, rows, counts)
+    for expert, part, got in zip(experts, rows.split(counts), found.split(counts), strict=True):
+        assert torch.equal(run_experts([expert], part, [len(part)]), got)
+        assert not len(part) or relative_error(got, expert(part)) < 1e-6
+
+
+@pytest.mark.parametrize(("hidden", "inner"), SIZES)
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_a_layer(hidden, inner, top_k, threads, monkeypatch):
+    torch.manual_seed(0)
+    layer = MoELayer(hidden, inner, 5, top_k)
+    for tokens in (1, 4, MAX_ROWS, MAX_ROWS + 1):
+        x = torch.randn(tokens, hidden)
+        found, stats = layer(x)
+        wanted, whole = the_whole_way(monkeypatch, layer, x)
+        assert relative_error(found, wanted) < 1e-6
+        assert torch.equal(stats.tokens_per_expert, whole.tokens_per_expert)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_the_whole_way_has_the_same_bits(top_k, monkeypatch):
+    torch.manual_seed(0)
+    layer, x = MoELayer(64, 96, 4, top_k), torch.randn(MAX_ROWS, 64)
+    found, _ = layer(x)
+    monkeypatch.setattr(moe, "mix_directly", lambda *_: None)
+    assert torch.equal(layer(x)[0], found)
+
+
+@pytest.mark.parametrize(("hidden", "inner"), SIZES)
+def test_a_token_has_the_same_bits_in_any_company(hidden, inner):
+    torch.manual_seed(0)
+    experts = dict(enumerate(weights_of(SwiGLU(hidden, inner)) for _ in range(5)))
+    x, shares = torch.randn(MAX_ROWS, hidden), torch.rand(MAX_ROWS, 2)
+    chosen = torch.rand(MAX_ROWS, 5).topk(2).indices  # given: the router's own product has no such property
+    together, _ = mix_few_tokens(experts, 5, x, chosen, shares)
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            for first, last in [(0, 1), (3, 7), (5, 12), (0, 12)]:
+                part = slice(first, last)
+                alone, _ = mix_few_tokens(experts, 5, x[part], chosen[part], shares[part])
+                assert torch.equal(alone, together[part])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_experts_that_agree_are_mixed_to_what_they_say():
+    torch.manual_seed(0)
+    layer = MoELayer(64, 96, 4, 2)
+    for expert in layer.experts:
+        expert.load_state_dict(layer.experts[0].state_dict())
+    x = torch.randn(MAX_ROWS, 64)
+    assert torch.equal(layer(x)[0], run_experts(layer.experts[:1], x, [MAX_ROWS]))
+
+
+def test_a_broken_token_breaks_no_other():
+    torch.manual_seed(0)
+    experts = dict(enumerate(weights_of(SwiGLU(32, 48)) for _ in range(2)))
+    x, chosen, shares = torch.randn(4, 32), torch.tensor([[0, 1]] * 4), torch.full((4, 2), 0.5)
+    wanted, _ = mix_few_tokens(experts, 2, x, chosen, shares)
+    x[1, 3], x[2, 5] = torch.nan, 1e30
+    found, _ = mix_few_tokens(experts, 2, x, chosen, shares)
+    assert found[1].isnan().all() and torch.equal(found[[0, 3]], wanted[[0, 3]])
+
+
+class Tagged(torch.Tensor):
+    """A tensor whose memory may hold anything."""
+
+
+def test_what_the_kernel_is_not_for():
+    weights, rows = weights_of(SwiGLU(16, 24)), torch.randn(4, 16)
+
+    def runs(weights: few_rows.Weights, rows: torch.Tensor) -> bool:
+        return run_few_rows([weights], rows, [len(rows)], torch.empty_like(rows))
+
+    assert runs(weights, rows)
+    assert not run_few_rows([], rows[:0], [], rows[:0])
+    for unlike in (rows.double(), rows.to("meta"), rows.t().contiguous().t(), rows[:, :8], rows.as_subclass(Tagged)):
+        assert not runs(weights, unlike)
+    gate, up, down = weights
+    for unlike in (gate.bfloat16(), gate.as_subclass(Tagged), gate.t().contiguous().t(), gate[:8], gate.to("meta")):
+        assert not runs((unlike, up, down), rows)
+
+
+def test_a_hook_is_called():
+    layer, called = MoELayer(16, 24, 2, 2), []
+    plain = layer(x := torch.randn(3, 16))[0]
+    layer.experts[1].register_forward_hook(lambda module, inputs, output: called.append(len(output)))
+    assert relative_error(layer(x)[0], plain) < 1e-6 and called == [3]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_follows_its_input():
+    layer = MoELayer(16, 24, 2, 2)  # all experts are chosen: a trace holds choices fast
+    layer.forward, whole = lambda tokens: whole(tokens)[0], layer.forward
+    x = torch.randn(2, 3, 16)
+    traced = torch.jit.trace(layer, x[0])
+    assert relative_error(traced(x[1]), layer(x[1])) < 1e-6
+
+
+def test_autocast_has_its_own_way():
+    layer = MoELayer(16, 24, 2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(3, 16))[0].dtype is torch.bfloat16
+
+
+def test_no_compiler(monkeypatch, caplog):
+    torch.manual_seed(0)
+    layer, x = MoELayer(16, 24, 2, 2), torch.randn(3, 16)
+    wanted = layer(x)[0]
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    library.cache_clear()
+    few_rows._kernels.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert relative_error(layer(x)[0], wanted) < 1e-6
+            layer(x)
+        (record,) = caplog.records
+        assert "/nowhere/g++" in record.getMessage()
+    finally:
+        library.cache_clear()
+        few_rows._kernels.cache_clear()
+
+
+def test_gradients_go_the_whole_way():
+    layer, x = MoELayer(16, 24, 2, 2), torch.randn(3, 16, requires_grad=True)
+    with torch.enable_grad():
+        layer(x)[0].sum().backward()
+    assert x.grad is not None and all(parameter.grad is not None for parameter in layer.parameters())

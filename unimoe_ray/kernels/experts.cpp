@@ -1,0 +1,161 @@
+// Few rows through each of some SwiGLU experts, for CPUs; see model/few_rows.py.
+//
+// Weights are those of the modules, [N, K] row by row. With few rows the product waits for them, so four or two of them
+// are read at a time, each once, and the next are asked for meanwhile: MKL waits longer. Every number depends on its own
+// row alone: sums run in one order, whatever comes with it.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include <omp.h>
+
+#include "vectors.h"
+
+// Rows x for which the sums of four or two weight rows at once fit into the registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int WITH_FOUR = 6, WITH_TWO = 12;
+#else
+constexpr int WITH_FOUR = 3, WITH_TWO = 5;
+#endif
+
+static inline float sum(Vec v) {
+    Int lane;
+    for (int i = 0; i < VL; i++) lane[i] = i;
+    for (int half = VL / 2; half; half /= 2) v += __builtin_shuffle(v, lane ^ half);
+    return v[0];
+}
+
+// R rows x [K] (stride ldx) times B weight rows w [K]: out [R][B] (stride ldo).
+template <int R, int B>
+static void tile(const float *w, long K, const float *x, long ldx, float *out, long ldo) {
+    Vec acc[R][B] = {};
+    long k = 0;
+    for (; k + VL <= K; k += VL) {
+        Vec rows[R];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) rows[r] = load(x + r * ldx + k);
+#pragma GCC unroll 4
+        for (int b = 0; b < B; b++) {
+            const float *from = w + b * K + k;
+            __builtin_prefetch(from + B * K);
+            const Vec weight = load(from);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++) acc[r][b] += rows[r] * weight;
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int b = 0; b < B; b++) {
+            float total = sum(acc[r][b]);
+            for (long i = k; i < K; i++) total += x[r * ldx + i] * w[b * K + i];
+            out[r * ldo + b] = total;
+        }
+}
+
+using Tile = void (*)(const float *, long, const float *, long, float *, long);
+template <int B, int... R>
+static constexpr auto tiles(std::integer_sequence<int, R...>) {
+    struct Table { Tile of[sizeof...(R)]; };
+    return Table{{tile<R + 1, B>...}};
+}
+template <int B, int R>
+static constexpr auto TILES = tiles<B>(std::make_integer_sequence<int, R>());
+
+// Rows x [M, K] times the rows ``of`` of w [N, K], to out [M, N].
+static void product(const float *w, long N, long K, const float *x, long M, Range of, float *out) {
+    const long blocks = (M + WITH_TWO - 1) / WITH_TWO;
+    while (of.from < of.to) {
+        const long left = of.to - of.from, width = M <= WITH_FOUR && left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        const Tile *tiles = width == 4   ? TILES<4, WITH_FOUR>.of
+                            : width == 2 ? TILES<2, WITH_TWO>.of
+                                         : TILES<1, WITH_TWO>.of;
+        for (long block = 0; block < blocks; block++) {
+            const Range rows = share(M, block, blocks);
+            tiles[rows.to - rows.from - 1](w + of.from * K, K, x + rows.from * K, K, out + rows.from * N + of.from, N);
+        }
+        of.from += width;
+    }
+}
+
+// This thread's share of n, in whole vectors.
+static Range vectors(long n) {
+    const Range of = share((n + VL - 1) / VL, omp_get_thread_num(), omp_get_num_threads());
+    return {of.from * VL, std::min(of.to * VL, n)};
+}
+
+extern "C" {
+struct Expert { const float *gate, *up, *down; };  // [F, H], [F, H], [H, F]
+struct Experts {
+    const Expert *experts;
+    int64_t number, hidden, inner;
+};
+}
+
+// In each thread: of rows [N, H] those of each expert, counts[e] from firsts[e] on, to the same rows of outputs [N, H], of
+// which the thread fills columns ``vectors(H)``; scratch [2, N, F].
+static void run(const Experts &of, const int64_t *firsts, const int64_t *counts, long N, const float *rows,
+                float *outputs, float *scratch) {
+    const long H = of.hidden, F = of.inner;
+    float *activated = scratch, *up = scratch + N * F;
+    const Range inner = vectors(F), hidden = vectors(H);
+    for (long e = 0; e < of.number; e++) {
+        const long first = firsts[e], count = counts[e];
+        product(of.experts[e].gate, F, H, rows + first * H, count, inner, activated + first * F);
+        product(of.experts[e].up, F, H, rows + first * H, count, inner, up + first * F);
+        for (long row = first; row < first + count; row++) {
+            float *g = activated + row * F, *u = up + row * F;
+            long f = inner.from;
+            for (; f + VL <= inner.to; f += VL)
+                store(g + f, load(g + f) / (1.0f + exponential(-load(g + f))) * load(u + f));
+            for (; f < inner.to; f++) g[f] = g[f] / (1.0f + std::exp(-g[f])) * u[f];
+        }
+    }
+#pragma omp barrier
+    for (long e = 0; e < of.number; e++)
+        product(of.experts[e].down, H, F, activated + firsts[e] * F, counts[e], hidden, outputs + firsts[e] * H);
+}
+
+extern "C" {
+
+void run_experts(const Experts *experts, const int64_t *firsts, const int64_t *counts, int64_t N, const float *rows,
+                 float *outputs, float *scratch, int32_t threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    run(*experts, firsts, counts, N, rows, outputs, scratch);
+}
+
+// Tokens [T, H] through the experts chosen [T, K] for them, best first, by their weights [T, K]: mixed [T, H], and the
+// rows of each expert, counts [E]. The weights of experts that nobody chose may be null. scratch [T*K, 2*F + 2*H]
+void mix(const Experts *experts, int64_t T, int64_t K, const int64_t *chosen, const float *weights,
+         const float *tokens, float *mixed, int64_t *counts, float *scratch, int32_t threads) {
+    const long E = experts->number, H = experts->hidden, slots = T * K;
+    float *rows = scratch, *outputs = rows + slots * H, *rest = outputs + slots * H;
+    std::vector<int64_t> firsts(E), next, place(slots);
+    std::fill(counts, counts + E, 0);
+    for (long slot = 0; slot < slots; slot++) counts[chosen[slot]]++;
+    std::exclusive_scan(counts, counts + E, firsts.begin(), int64_t(0));
+    next = firsts;
+    for (long slot = 0; slot < slots; slot++) {
+        place[slot] = next[chosen[slot]]++;
+        std::copy_n(tokens + slot / K * H, H, rows + place[slot] * H);
+    }
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        run(*experts, firsts.data(), counts, slots, rows, outputs, rest);
+        const Range hidden = vectors(H);
+        for (long t = 0; t < T; t++) {
+            float *to = mixed + t * H;
+            std::fill(to + hidden.from, to + hidden.to, 0.0f);
+            for (long k = 0; k < K; k++) {
+                const long slot = t * K + (K == 2 ? 1 - k : k);  // of two, the lesser weight first: see model/moe.py
+                const float weight = weights[slot], *from = outputs + place[slot] * H;
+                for (long h = hidden.from; h < hidden.to; h++) to[h] = std::fma(weight, from[h], to[h]);
+            }
+        }
+    }
+}
+}
