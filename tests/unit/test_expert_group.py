@@ -85,7 +85,7 @@ def test_answers_are_those_of_one_process_to_the_bit(weights, size, dtype):
     assert all(member.asked for member in group.members)
 
 
-def test_each_expert_is_at_one_member_only(weights):
+def test_each_expert_is_at_one_member_to_begin_with(weights):
     _, group = grouped(weights, 3)
     for mixture in range(2):
         held = [list(member.shard._experts[mixture]) for member in group.members]
@@ -132,6 +132,33 @@ def test_the_planner_may_give_a_member_no_expert_of_a_layer(weights):
     expected = run(whole_engine(make_model()), requests)
     found = run(Engine(model, TOKENIZER, config()), requests)
     assert {n: tokens_of(o) for n, o in found.items()} == {n: tokens_of(o) for n, o in expected.items()}
+
+
+def test_hot_experts_get_a_second_place_and_its_share_of_the_rows(weights):
+    """Nine of ten tokens go to expert 0: both members hold it, and the other three are shared out so that each member
+    has half of the rows."""
+    model, group = grouped(weights, 2, interval=5)
+    group._routed[:], group._steps = [[270, 10, 10, 10], [75, 75, 75, 75]], 5
+    group.begin_step()
+    assert group.moves == 1
+    first = group.placement.layers[0]
+    assert all(0 in held for held in first) and sorted({*first[0], *first[1]}) == [0, 1, 2, 3]
+    for member, held in zip(group.members, zip(*group.placement.layers, strict=True), strict=True):
+        assert [list(experts) for experts in member.shard._experts] == [list(ids) for ids in held]
+
+    routed = [270, 10, 10, 10]
+    chosen = torch.arange(4).repeat_interleave(torch.tensor(routed))[torch.randperm(300), None]
+    at_place = torch.bincount(group.places(0, chosen).flatten(), minlength=sum(map(len, first)))
+    of_expert = torch.tensor([expert for held in first for expert in held])
+    assert torch.bincount(of_expert, weights=at_place).tolist() == routed
+    assert sum(at_place[: len(first[0])]) == 150
+
+    requests = [make_request(i, random.Random(i)) for i in range(6)]
+    expected = run(whole_engine(make_model()), requests, [0, 0, 2, 3, 9, 9])
+    found = run(Engine(model, TOKENIZER, config()), requests, [0, 0, 2, 3, 9, 9])
+    assert {n: tokens_of(o) for n, o in found.items()} == {n: tokens_of(o) for n, o in expected.items()}
+    for name, outputs in expected.items():
+        assert (found[name][-1].expert_load == outputs[-1].expert_load).all()
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
 """Experts in other processes, for a model that is larger than one device.
 
 The leader has everything else, and the KV cache; its mixtures send the rows of each expert to the member that holds it
-and add up what comes back. An expert sees the same rows as in one process, so answers are the same to the bit.
+and add up what comes back. An expert sees the same rows as in one process, so answers are the same to the bit. The
+planner may give hot experts a second place; each then sees a part of the rows, and answers are the same to rounding.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +26,7 @@ from unimoe_ray.model.moe import combine, dispatch, sort_slots
 from unimoe_ray.model.routing import Routing
 from unimoe_ray.model.unimoe import UniMoE
 from unimoe_ray.parallel.placement import replan
-from unimoe_ray.parallel.placement_cost import Work, gain
+from unimoe_ray.parallel.placement_cost import Work, gain, slot_table, split
 from unimoe_ray.parallel.topology import Loads, Placement, Topology, contiguous
 
 logger = logging.getLogger(__name__)
@@ -120,7 +122,7 @@ class ExpertGroup:
         self._place(placement)
 
     def run(self, mixture: int, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """Rows [N, H] sorted by ``position``, and how many each of those experts has, to [N, H]."""
+        """Rows [N, H] sorted by ``places``, and how many each of those has, to [N, H]."""
         sent = rows.float().cpu().numpy()
         waits, first, place = [], 0, 0
         for member, ids in zip(self.members, self.placement.layers[mixture], strict=True):
@@ -146,23 +148,63 @@ class ExpertGroup:
         loads = Loads(self._routed[:, None] / self._steps, self._readers)
         self._routed[:], self._steps = 0, 0
         current, about = self.placement, (loads, self._topology, self._work)
-        new = replan(current, *about, steps=self._interval, slack=self._settings.slack)
+        new = replan(current, *about, steps=self._interval, replicas=True, slack=self._settings.slack)
         saved = gain(new, current, *about, self._interval)
         if new != current and saved >= self._settings.min_gain:
-            self._place(new)
+            self._place(new, loads)
             self.moves += 1
             logger.info(f"experts were placed anew: {saved:.1%} of their layers' time is to be saved")
 
-    def _place(self, placement: Placement) -> None:
+    def _place(self, placement: Placement, loads: Loads | None = None) -> None:
+        """loads: by which the rows of experts with several places are shared out; evenly without."""
         waits = [
             member.hold(held) for member, held in zip(self.members, zip(*placement.layers, strict=True), strict=True)
         ]
         for wait in waits:
             wait()
         self.placement = placement
-        flat = [[expert for ids in ranks for expert in ids] for ranks in placement.layers]
-        # Where each expert stands among those of all members, in their order.
-        self.position = torch.tensor(flat).argsort(dim=1)
+        experts = self._routed.shape[1]
+        loads = loads or Loads(np.ones((len(placement.layers), 1, experts)), self._readers)
+        parts = split(placement, loads, self._topology, self._settings.slack or 0.0)
+        parts = np.einsum("n,lns->ls", np.bincount(self._topology.node_of, self._readers[0]), parts)
+        held = slot_table(placement, experts, self._topology)[1]
+        self._places = [_Places.of(*layer, experts) for layer in zip(held, parts, strict=True)]
+
+    def places(self, mixture: int, experts: torch.Tensor) -> torch.Tensor:
+        """Where each of these experts [T, K] is asked: [T, K] of places, counted over the members in their order."""
+        return self._places[mixture].of_slots(experts)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Of one mixture's experts. place [E, C] int64: of each expert, padded; up_to [E, C - 1]: the part of its rows that
+    goes to these places before the next one."""
+
+    place: torch.Tensor
+    up_to: torch.Tensor
+
+    @classmethod
+    def of(cls, held: np.ndarray, parts: np.ndarray, experts: int) -> _Places:
+        """held [S]: the expert in each slot, ``experts`` where there is none; parts [S]: of its rows for that slot."""
+        held, parts = held[held < experts], parts[held < experts]
+        most = int(np.bincount(held).max())
+        place, up_to = np.zeros((experts, most), np.int64), np.ones((experts, most))
+        for expert in range(experts):
+            (own,) = np.nonzero(held == expert)
+            place[expert, : len(own)] = own
+            up_to[expert, : len(own) - 1] = parts[own[:-1]].cumsum()
+        return cls(torch.tensor(place), torch.tensor(up_to[:, :-1]))
+
+    def of_slots(self, experts: torch.Tensor) -> torch.Tensor:
+        place, up_to = self.place.to(experts.device), self.up_to.to(experts.device)
+        if not up_to.shape[1]:
+            return place[experts, 0]
+        order, counts = sort_slots(experts, len(place))
+        expert = experts.reshape(-1)[order]
+        rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[expert]
+        last = (up_to[expert] * counts[expert, None] + 0.5).floor()
+        chosen = place[expert, (rank[:, None] >= last).sum(dim=1)]
+        return torch.empty_like(chosen).scatter_(0, order, chosen).view_as(experts)
 
 
 class GroupedFeedForward(SparseFeedForward):
@@ -179,9 +221,9 @@ class GroupedFeedForward(SparseFeedForward):
         group = self._group
         if self._mixture == 0:
             group.begin_step()
-        position = group.position[self._mixture].to(tokens.device)
-        order, counts = sort_slots(position[routing.experts], self.num_experts)
-        outputs = group.run(self._mixture, dispatch(tokens, order, self.top_k), counts.tolist())
-        counts = counts[position]
+        places = group.places(self._mixture, routing.experts)
+        order, at_place = sort_slots(places, sum(map(len, group.placement.layers[self._mixture])))
+        outputs = group.run(self._mixture, dispatch(tokens, order, self.top_k), at_place.tolist())
+        counts = torch.bincount(routing.experts.reshape(-1), minlength=self.num_experts)
         group.count(self._mixture, counts.cpu())
         return combine(outputs, order, routing.weights), counts
