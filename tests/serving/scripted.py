@@ -8,7 +8,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -28,6 +28,7 @@ from unimoe_ray.inference.request import KINDS, Output, TokenLogprob
 
 MODEL = "tiny/one"
 FOREVER = float("inf")
+TICK_S = 0.05
 LOAD = np.zeros((len(KINDS), 1, 2), np.int64)
 LOAD[KINDS.index("text")] = [[3, 1]]
 LOAD[KINDS.index("answer")] = [[0, 4]]
@@ -45,9 +46,11 @@ BROKEN = ApiError(503, "the model's replica ended", code="replica_lost", retry_a
 
 @dataclass
 class Runner:
-    """Says ``script``: what a language model says, seconds to wait, or errors to raise."""
+    """Says ``script``: what a language model says, seconds to wait, or errors to raise. ticks: how often it has waited
+    ``TICK_S``: unlike seconds they stand still when this process does, so a bound on them holds on any machine."""
 
     script: tuple = ANSWER
+    ticks: int = 0
     tasks: list = field(default_factory=list)
     closed: threading.Event = field(default_factory=threading.Event)
 
@@ -57,10 +60,11 @@ class Runner:
             for item in self.script:
                 if isinstance(item, Exception):
                     raise item
-                if item == FOREVER:
-                    await asyncio.Event().wait()
-                elif isinstance(item, float):
-                    await asyncio.sleep(item)
+                if isinstance(item, float):
+                    left = item
+                    while left > 0:
+                        await asyncio.sleep(min(left, TICK_S))
+                        self.ticks, left = self.ticks + 1, left - TICK_S
                 else:
                     yield item
         finally:
@@ -93,17 +97,17 @@ class Site:
 
     def post(self, body: bytes | dict, **options) -> requests.Response:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return requests.post(f"{self.url}/v1/chat/completions", data=data, timeout=20, **options)
+        return requests.post(f"{self.url}/v1/chat/completions", data=data, timeout=60, **options)
 
     def chat(self, content="hi", **rest) -> requests.Response:
         return self.post(body_of(content, **rest))
 
     def get(self, path: str, **options) -> requests.Response:
-        return requests.get(self.url + path, timeout=20, **options)
+        return requests.get(self.url + path, timeout=60, **options)
 
     def raw(self, data: bytes) -> tuple[int, bytes]:
         """Status and body of the answer to exactly these bytes."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
             connection.sendall(data)
             answer = b""
             with suppress(ConnectionResetError):
@@ -111,6 +115,13 @@ class Site:
                     answer += more
         head, _, body = answer.partition(b"\r\n\r\n")
         return int(head.split()[1]), body
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def body_of(content="hi", **rest) -> dict:
@@ -125,9 +136,11 @@ def serving(
     hosts: tuple[str, ...] = (),
     voice_as: str = "speech",
     unhealthy: str | None = None,
+    clock: Callable[[], float] = time.monotonic,
     **limits,
 ) -> Iterator[Site]:
-    """The application on a port of its own. Without a ``script`` the runner gives ``ANSWER``."""
+    """The application on a port of its own. Without a ``script`` the runner gives ``ANSWER``. clock: of the keys'
+    limits."""
     config = ServingConfig.model_validate(
         {"limits": limits, "media_hosts": list(hosts), "api_keys_file": keys} | (rights or {})
     )
@@ -141,7 +154,7 @@ def serving(
 
     observer = type("Observer", (), {"ttft": times[0], "inter_token": times[1]})
     chat = Chat(site_runner, config, MODEL, voice_as, observer)
-    keys, rates = ApiKeys(config), Buckets()
+    keys, rates = ApiKeys(config), Buckets(clock)
     app = build_app(
         Endpoint(MODEL, chat, keys, rates, Tracer(None, "test"), config.limits, healthy, metrics, statuses.append)
     )

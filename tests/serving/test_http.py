@@ -22,6 +22,7 @@ from tests.serving.scripted import (
     FOREVER,
     MODEL,
     STARTED,
+    TICK_S,
     body_of,
     check_error,
     chunked,
@@ -30,6 +31,7 @@ from tests.serving.scripted import (
     http_head,
     serving,
     tracebacks,
+    wait_for,
 )
 from unimoe_ray.config.serving import ServingConfig
 from unimoe_ray.errors import UnimoeError
@@ -41,8 +43,9 @@ pytestmark = pytest.mark.usefixtures("no_traceback")
 
 
 def test_an_answer_in_one_piece(site):
+    asked = int(time.time())
     answer = site.chat(user="me").json()
-    assert answer.pop("created") == pytest.approx(time.time(), abs=5)
+    assert asked <= answer.pop("created") <= time.time()
     assert answer.pop("id").startswith("chatcmpl-")
     assert answer == {
         "object": "chat.completion",
@@ -135,11 +138,14 @@ def test_an_empty_answer_is_an_answer():
 
 def test_times_and_statuses_are_counted():
     with serving(STARTED, 0.2, *ANSWER[1:]) as site:
+        asked = time.monotonic()
         site.chat()
+        answered = time.monotonic()
         site.chat("hi", n=2)
         assert site.statuses == [200, 400]
         (first,) = site.ttft.seen
-        assert 0.19 <= first < 5 and len(site.inter_token.seen) == 3 and min(site.inter_token.seen) < 0.1
+        assert 0.19 <= first <= answered - asked
+        assert len(site.inter_token.seen) == 3 and min(site.inter_token.seen) < 0.1
 
 
 def test_the_official_client_reads_it(site):
@@ -223,18 +229,18 @@ def test_a_mistake_of_ours_is_a_500_without_its_words(caplog):
 
 
 def test_an_answer_that_takes_too_long_is_a_504():
-    with serving(STARTED, FOREVER, request_seconds=0.3) as site:
+    with serving(STARTED, FOREVER, request_seconds=1) as site:
         for streaming in (False, True):
             site.runner.closed.clear()
-            began = time.monotonic()
+            began, before = time.monotonic(), site.runner.ticks
             error = error_of(site.chat(stream=streaming), 504)
-            assert 0.3 <= time.monotonic() - began < 2
-            assert error["code"] == "timeout" and "no answer within 0.3 s" in error["message"]
+            assert time.monotonic() - began >= 1 and (site.runner.ticks - before) * TICK_S < 2
+            assert error["code"] == "timeout" and "no answer within 1 s" in error["message"]
             assert site.runner.closed.is_set()
 
 
 def test_a_stream_that_takes_too_long_ends_with_an_event():
-    with serving(*ANSWER[:2], FOREVER, request_seconds=0.3) as site:
+    with serving(*ANSWER[:2], FOREVER, request_seconds=1) as site:
         *chunks, last = events_of(site.chat(stream=True))
         assert check_error(last)["code"] == "timeout" and len(chunks) == 2
         assert site.runner.closed.is_set() and site.statuses == [504]
@@ -242,10 +248,9 @@ def test_a_stream_that_takes_too_long_ends_with_an_event():
 
 def test_many_short_steps_do_not_make_the_time_longer():
     """The time is for the whole answer, not for each token."""
-    with serving(STARTED, *[0.05, Output("r", "a", (5,))] * 40, request_seconds=0.4) as site:
-        began = time.monotonic()
+    with serving(STARTED, *[TICK_S, Output("r", "a", (5,))] * 80, request_seconds=1) as site:
         error_of(site.chat(), 504)
-        assert time.monotonic() - began < 1.5
+        assert site.runner.ticks * TICK_S < 2
 
 
 @pytest.mark.parametrize("after", [1, 2], ids=["before the first token", "in the middle"])
@@ -256,10 +261,10 @@ def test_a_client_that_leaves_a_stream_closes_its_run_within_a_second(after):
             connection.sendall(http_head(len(body)) + body)
             if after == 2:
                 assert b"200 OK" in connection.recv(4096)
-            else:
-                time.sleep(0.1)
-            assert site.runner.tasks and not site.runner.closed.is_set()
-        assert site.runner.closed.wait(1.3)
+            wait_for(lambda: site.runner.tasks)
+            assert not site.runner.closed.is_set()
+            left = site.runner.ticks
+        assert site.runner.closed.wait(60) and (site.runner.ticks - left) * TICK_S < 1.3
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_request():
@@ -267,9 +272,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_request():
         with socket.create_connection(("127.0.0.1", site.port)) as connection:
             connection.sendall(http_head(100) + b'{"model":')
             time.sleep(0.1)
-        deadline = time.monotonic() + 2
-        while not site.statuses and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for(lambda: site.statuses)
         assert site.statuses == [400] and not site.runner.tasks
 
 
@@ -371,19 +374,21 @@ def test_a_file_without_keys_is_an_error_not_an_open_door(tmp_path, content):
 # Routes
 
 
-def test_models(site):
-    listed = site.get("/v1/models").json()
-    (model,) = listed["data"]
-    assert listed["object"] == "list"
-    assert model == {"id": MODEL, "object": "model", "created": model["created"], "owned_by": "unimoe_ray"}
-    assert model["created"] == pytest.approx(time.time(), abs=60)
-    assert site.get(f"/v1/models/{MODEL}").json() == model
-    assert site.get(f"/v1/models/{MODEL.replace('/', '%2F')}").json() == model
-    for other in ("other", "", "x" * 3000, "%00", "%ff", "..%2f..%2fetc"):
-        error = error_of(site.get(f"/v1/models/{other}"), 404)
-        assert (error["param"], error["code"]) == ("model", "model_not_found")
-    reply = site.get("/v1/models/a%0d%0aSet-Cookie:x")
-    assert error_of(reply, 404) and "set-cookie" not in reply.headers
+def test_models():
+    began = int(time.time())
+    with serving() as site:
+        listed = site.get("/v1/models").json()
+        (model,) = listed["data"]
+        assert listed["object"] == "list"
+        assert model == {"id": MODEL, "object": "model", "created": model["created"], "owned_by": "unimoe_ray"}
+        assert began <= model["created"] <= time.time()
+        assert site.get(f"/v1/models/{MODEL}").json() == model
+        assert site.get(f"/v1/models/{MODEL.replace('/', '%2F')}").json() == model
+        for other in ("other", "", "x" * 3000, "%00", "%ff", "..%2f..%2fetc"):
+            error = error_of(site.get(f"/v1/models/{other}"), 404)
+            assert (error["param"], error["code"]) == ("model", "model_not_found")
+        reply = site.get("/v1/models/a%0d%0aSet-Cookie:x")
+        assert error_of(reply, 404) and "set-cookie" not in reply.headers
 
 
 def test_another_model_is_named(site):

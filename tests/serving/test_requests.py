@@ -369,9 +369,9 @@ def test_of_a_name_given_twice_the_last_value_counts(site):
 def test_many_mistakes_cost_little(site):
     """The largest number of values that is allowed, all of them wrong."""
     body = b'{"model":"a","messages":[' + b",".join([b"0"] * (MAX_VALUES - 10)) + b"]}"
-    began = time.monotonic()
+    began = time.process_time()  # the server's too
     assert error_of(site.post(body), 400)["param"] == "messages.0"
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_the_kind_of_content_is_not_asked_for(site):
