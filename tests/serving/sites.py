@@ -7,7 +7,7 @@ import functools
 import inspect
 import socket
 import ssl
-import time
+import threading
 from collections.abc import Callable
 from contextlib import asynccontextmanager, contextmanager, suppress
 from ipaddress import IPv4Address
@@ -44,7 +44,7 @@ def is_local_public(address) -> bool:
     return address == IPv4Address(PUBLIC)
 
 
-def limits(*hosts: str, max_bytes: int = 100_000, seconds: float = 8.0, redirects: int = 3) -> FetchLimits:
+def limits(*hosts: str, max_bytes: int = 100_000, seconds: float = 60.0, redirects: int = 3) -> FetchLimits:
     return FetchLimits(max_bytes, seconds, hosts, redirects)
 
 
@@ -71,16 +71,18 @@ def asynchronous(test):
 
 
 class Names:
-    """A name service for the test: each name has answers, one after the other, the last one again and again."""
+    """A name service for the test: each name has answers, one after the other, the last one again and again. It says
+    them while ``open`` is set."""
 
     def __init__(self):
         self.answers: dict[str, list[list[str]]] = {"media.test": [[PUBLIC]], "other.test": [[PUBLIC]]}
         self.asked: list[str] = []
-        self.seconds = 0.0
+        self.open = threading.Event()
+        self.open.set()
 
     def getaddrinfo(self, host, port, family=0, type=0, proto=0, flags=0):
         self.asked.append(host)
-        time.sleep(self.seconds)
+        self.open.wait(60)
         if host not in self.answers:
             raise socket.gaierror(socket.EAI_NONAME, f"no {host} at {PRIVATE}")
         answers = self.answers[host]
@@ -130,8 +132,9 @@ async def site(answer, address: str = PUBLIC, port: int = 0, tls: ssl.SSLContext
 
 
 @asynccontextmanager
-async def raw_site(*pieces: bytes, pause: float = 0.0):
-    """A server that sends ``pieces``, ``pause`` seconds apart, whatever it is asked, and hangs up. Yields its port."""
+async def raw_site(*pieces: bytes, pause: float = 0.0, sent: list[bytes] | None = None):
+    """A server that sends ``pieces``, ``pause`` seconds apart, whatever it is asked, and hangs up. Yields its port.
+    sent: gets what was sent."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -139,6 +142,8 @@ async def raw_site(*pieces: bytes, pause: float = 0.0):
             for piece in pieces:
                 writer.write(piece)
                 await writer.drain()
+                if sent is not None:
+                    sent.append(piece)
                 await asyncio.sleep(pause)
         writer.close()
 

@@ -145,11 +145,9 @@ async def test_the_size_limit_is_exact(names, chunked):
 
 @asynchronous
 async def test_a_declared_size_is_refused_before_the_body(names):
-    async with raw_site(OK + b"Content-Length: 100001\r\n\r\n", b"", pause=5) as port:
-        started = time.monotonic()
+    async with raw_site(OK + b"Content-Length: 100001\r\n\r\n", pause=3600) as port:  # No body ever comes.
         with refused("the file is larger than 0.1 MB", 413):
             await get(port)
-        assert time.monotonic() - started < 2
 
 
 @asynchronous
@@ -184,23 +182,25 @@ async def test_endless_bodies_are_cut_at_the_limit(names, head):
 
 
 @pytest.mark.parametrize(
-    ("pieces", "pause"),
+    "pieces",
     [
-        ([OK + b"Content-Length: 1000\r\n\r\n", *[b"x"] * 100], 0.05),
-        ([OK + b"Transfer-Encoding: chunked\r\n\r\n", *[b"1\r\nx\r\n"] * 100], 0.05),
-        ([OK, *[b"X: x\r\n"] * 100], 0.05),
-        ([b"HTTP/1.1 100 Continue\r\n\r\n"] * 100, 0.05),
-        ([b""], 5),
+        [OK + b"Content-Length: 1000\r\n\r\n", *[b"x"] * 100],
+        [OK + b"Transfer-Encoding: chunked\r\n\r\n", *[b"1\r\nx\r\n"] * 100],
+        [OK, *[b"X: x\r\n"] * 100],
+        [b"HTTP/1.1 100 Continue\r\n\r\n"] * 100,
+        [b""] * 100,
     ],
     ids=["body", "chunks", "headers", "continue", "silence"],
 )
 @asynchronous
-async def test_slow_servers_hit_the_time_limit(names, pieces, pause):
-    async with raw_site(*pieces, pause=pause) as port:
+async def test_slow_servers_hit_the_time_limit(names, pieces):
+    sent = []
+    async with raw_site(*pieces, pause=0.05, sent=sent) as port:
         started = time.monotonic()
         with refused("the file did not arrive within 0.5 s", 504):
             await get(port, seconds=0.5)
-        assert 0.45 < time.monotonic() - started < 1.5
+        assert time.monotonic() - started > 0.45
+        assert len(sent) < 30  # 1.5 s, unless all stood still
 
 
 @asynchronous
@@ -211,19 +211,22 @@ async def test_redirects_share_one_time_limit(names):
 
     async with site(answer) as server:
         started = time.monotonic()
-        with refused("the file did not arrive within 0.5 s", 504):
-            await get(server.port, seconds=0.5, redirects=10)
-        assert 0.45 < time.monotonic() - started < 1.5
-        assert len(server.requests) == 2
+        with refused("the file did not arrive within 1.5 s", 504):
+            await get(server.port, seconds=1.5, redirects=10)
+        assert time.monotonic() - started > 1.45
+        assert 2 <= len(server.requests) <= 6
 
 
 @asynchronous
 async def test_slow_name_lookups_hit_the_time_limit(names):
-    names.seconds = 1.0
+    names.open.clear()  # It says nothing as long as the file is waited for.
     started = time.monotonic()
-    with refused("the file did not arrive within 0.2 s", 504):
-        await get(80, seconds=0.2)
-    assert 0.15 < time.monotonic() - started < 0.8
+    try:
+        with refused("the file did not arrive within 0.2 s", 504):
+            await get(80, seconds=0.2)
+    finally:
+        names.open.set()
+    assert time.monotonic() - started > 0.15 and names.asked == ["media.test"]
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "GZIP", "br", "deflate", "zstd", "identity, gzip"])
