@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import queue
 import re
+import secrets
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,25 +40,16 @@ class Endpoint:
     log: list[str]
     ready_s: float
 
-    def chat(self, content, **rest) -> requests.Response:
+    def chat(self, content, headers: dict[str, str] | None = None, **rest) -> requests.Response:
         """POST /v1/chat/completions with one user message (or the list of all), greedy unless told otherwise."""
         messages = content if isinstance(content, list) and "role" in content[0] else [_user(content)]
         body = {"model": self.model, "messages": messages, "temperature": 0, "max_completion_tokens": 8} | rest
-        return requests.post(
-            f"{self.url}/v1/chat/completions", json=body, timeout=120, stream=body.get("stream", False)
-        )
+        options = {"headers": headers, "stream": body.get("stream", False), "timeout": 120}
+        return requests.post(f"{self.url}/v1/chat/completions", json=body, **options)
 
     def replicas(self, deployment: str) -> list[psutil.Process]:
         """Processes of a deployment's replicas."""
-        title = f"ray::ServeReplica:{self.model}:{deployment}"
-        found = []
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                if " ".join(child.cmdline()).startswith(title):
-                    found.append(child)
-            except psutil.NoSuchProcess:
-                continue
-        return found
+        return replicas_below(self.process, self.model, deployment)
 
     def metric(self, name: str, **labels: str) -> float:
         """Sum of a metric's samples with these labels, as /metrics has it now (Ray reports every two seconds)."""
@@ -70,10 +63,22 @@ def _user(content) -> dict:
     return {"role": "user", "content": content}
 
 
+def replicas_below(process: subprocess.Popen, app: str, deployment: str) -> list[psutil.Process]:
+    title, found = f"ray::ServeReplica:{app}:{deployment}", []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if " ".join(child.cmdline()).startswith(title):
+                found.append(child)
+    return found
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """None of those that the system gives to whoever asks for any: it is used seconds later."""
+    while True:
+        port = 20_000 + secrets.randbelow(10_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def serve_run(config: Config, *overrides: str, **environment: str) -> Iterator[Endpoint]:
