@@ -5,8 +5,8 @@ when it is imported.
 
 The ingress, the language model and all that is between them are the real ones, but that a question can stop the
 model's engine. The encoder is a stand-in: its arrays have the sizes of the 7B model's in fp16 (CLIP with its projector:
-576 x 4096, a sound of 20 windows: 1000 x 4096), and some bytes crash it. A line ``redeploy`` on standard input replaces
-the application by one with other settings.
+576 x 4096, a sound of 20 windows: 1000 x 4096), some bytes crash it, and some hold it up. A line ``redeploy`` on
+standard input replaces the application by one with other settings.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from unimoe_ray.evaluation.evaluate import final_model
 
 SHAPES = {"image": (576, 4096), "video": (576, 4096), "audio": (1000, 4096), "speech": (1000, 4096)}
 DEADLY = b"kills the encoder"
+HELD = b"waits until there is the file: "  # its path, and after a NUL what makes it another image
 STOP_ENGINE = "stops the engine unless this file exists: "
 
 
@@ -40,6 +41,10 @@ class StandIn:
     """The same array for the same bytes."""
 
     async def encode(self, file: MediaFile) -> np.ndarray:
+        if file.data.startswith(HELD):
+            path = Path(os.fsdecode(file.data.removeprefix(HELD).split(b"\0")[0]))
+            while not path.exists():
+                await asyncio.sleep(0.05)
         await asyncio.sleep(0.2)  # others come in meanwhile, and go down with it
         if file.data.startswith(DEADLY):
             os._exit(1)
