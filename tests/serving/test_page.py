@@ -271,7 +271,9 @@ def test_what_the_model_writes_stays_text(page):
 
 def test_a_recording_is_attached_and_sent(page):
     page.get_by_role("button", name="Record speech").click()
-    expect(page.get_by_role("timer")).to_have_text("0:01")
+    expect(page.get_by_role("timer")).to_have_text(
+        re.compile(r"^(?!0:00)\d+:\d\d$")
+    )  # whichever second it shows when it is seen
     page.get_by_role("button", name="Stop and attach").click()
     expect(attachment(page, "speech.wav").get_by_role("radio", name="speech")).to_be_checked()
     request = ask(page, "")
