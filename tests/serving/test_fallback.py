@@ -31,7 +31,7 @@ def test_files_are_encoded_in_the_language_replica_where_no_encoder_runs(endpoin
         answers = list(pool.map(crippled.chat, [*contents, *contents]))
     assert [answer.json().get("choices") for answer in answers] == right * 2
     assert not crippled.replicas("image")
-    wait_for(lambda: crippled.metric("encoder_fallbacks_total", kind="image") >= 3, 10)
+    wait_for(lambda: crippled.metric("encoder_fallbacks_total", kind="image") >= 3, 60)
     assert crippled.metric("encoder_fallbacks_total", kind="audio") == 0
     refused = crippled.chat([image(b"no image"), QUESTION])
     assert refused.status_code == 400 and refused.json()["error"]["code"] == "invalid_media"

@@ -35,7 +35,7 @@ def test_questions_about_one_picture_go_to_one_replica(twins):
         for question in ("what is this?", "is it red?", "and this?"):
             assert twins.chat([image(png(seed)), text(question)], max_completion_tokens=1).status_code == 200
         total += 3
-        wait_for(lambda wanted=total: sum(answers(twins)) == wanted, 5)
+        wait_for(lambda wanted=total: sum(answers(twins)) == wanted, 60)
         now = answers(twins)
         more = [after - before for before, after in zip(seen, now, strict=True)]
         assert sorted(more) == [0, 3], f"picture {seed}"

@@ -20,6 +20,7 @@ import pytest
 from tests.serving.conftest import Endpoint, serve_run
 from tests.serving.media import image, png, text
 from tests.serving.test_faults import Told, kill, listen, replaced, wait_for
+from tests.serving.test_routing import answers
 
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("UNIMOE_KILLS", 3))
@@ -128,11 +129,13 @@ def test_slow_clients_slow_nobody_else(besieged):
     host, _, port = besieged.url.removeprefix("http://").partition(":")
     kinds: list[Callable] = [dribble, lambda connection, done: read_slowly(connection, done, besieged)]
     before, done = latency(besieged), threading.Event()
+    seen = sum(answers(besieged))
     with ThreadPoolExecutor(SLOW) as pool, ExitStack() as stack:
         connections = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(SLOW)]
         clients = [pool.submit(kinds[n % 2], connection, done) for n, connection in enumerate(connections)]
         try:
-            time.sleep(10.0)  # The answers of those that read slowly have been made by then.
+            # The answers of those that read slowly have been made, and only the clients are slow.
+            wait_for(lambda: sum(answers(besieged)) >= seen + SLOW // 2, 60)
             during = latency(besieged)
         finally:
             done.set()
