@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -19,7 +19,8 @@ from unimoe_ray.kuberay.errors import ApiError
 from unimoe_ray.kuberay.wait import WaitFailed, WaitTimeout, wait, wait_deleted
 
 LIMIT_S = 30.0
-QUICK = Patience(attempts=2, connect_s=2.0, answer_s=10.0, first_pause_s=0.05, longest_pause_s=0.2)
+NEVER_S = 600.0
+QUICK = Patience(attempts=2, connect_s=10.0, answer_s=30.0, first_pause_s=0.05, longest_pause_s=0.2)
 
 
 @pytest.fixture
@@ -33,15 +34,32 @@ def played(core: CoreApi, tmp_path) -> Cluster:
     return connect(core.kubeconfig(tmp_path / "kubeconfig"), patience=QUICK)
 
 
+class Lines(list):
+    """What a wait reported, each line once."""
+
+    def __call__(self, line: str, document=None) -> None:
+        if line not in self[-1:]:
+            self.append(line)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @contextmanager
-def meanwhile(*steps, pause_s: float = 0.15) -> Iterator[None]:
-    """The steps one after another in a thread, each after a pause; their errors are the test's."""
+def meanwhile(*steps: Callable[[], object]) -> Iterator[Lines]:
+    """The steps in a thread, each once the wait has reported what the one before it (at first: what is there) led to,
+    so that it sees them all. Yields what is to be told the reports. The steps' errors are the test's."""
     errors: list[Exception] = []
+    lines = Lines()
 
     def run() -> None:
         try:
-            for step in steps:
-                time.sleep(pause_s)
+            for number, step in enumerate(steps):
+                until(lambda number=number: len(lines) > number)
                 step()
         except Exception as error:
             errors.append(error)
@@ -49,18 +67,10 @@ def meanwhile(*steps, pause_s: float = 0.15) -> Iterator[None]:
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        yield
+        yield lines
     finally:
         thread.join(LIMIT_S)
-        assert not errors, errors
-
-
-class Lines(list):
-    """What a wait reported, each line once."""
-
-    def __call__(self, line: str, document=None) -> None:
-        if line not in self[-1:]:
-            self.append(line)
+        assert not errors, [*errors, *lines]
 
 
 # The operator's updates, on the real API server
@@ -73,7 +83,7 @@ def test_a_job_from_its_creation_to_its_success(real):
     def step(**status):
         return lambda: play_status(real, document, **status)
 
-    lines, ref = Lines(), Ref.of(document, "")
+    ref = Ref.of(document, "")
     workers = {"desiredWorkerReplicas": 2, "readyWorkerReplicas": 1, "state": ""}
     with meanwhile(
         step(jobDeploymentStatus="Initializing", rayClusterName="works-x"),
@@ -82,7 +92,7 @@ def test_a_job_from_its_creation_to_its_success(real):
         step(jobStatus="RUNNING"),
         step(jobStatus="SUCCEEDED"),
         step(jobDeploymentStatus="Complete"),
-    ):
+    ) as lines:
         done = wait(real, ref, check_for(ref), LIMIT_S, lines)
     assert done["status"]["jobStatus"] == "SUCCEEDED"
     assert lines == [
@@ -119,11 +129,10 @@ def test_a_job_that_fails_ends_the_wait(real, status, words):
     document = ray_job("fails", real.namespace)
     ref = Ref.of(document, "")
     real.apply(document)
-    started = time.monotonic()
-    with meanwhile(lambda: play_status(real, document, **status)), pytest.raises(WaitFailed) as caught:
-        wait(real, ref, check_for(ref), LIMIT_S)
+    # At once: neither at the next tick nor at the limit.
+    with meanwhile(lambda: play_status(real, document, **status)) as lines, pytest.raises(WaitFailed) as caught:
+        wait(real, ref, check_for(ref), NEVER_S, lines, tick_s=NEVER_S)
     assert str(caught.value) == f"rayjob/fails {words}"
-    assert time.monotonic() - started < 10
     real.delete(ref)
 
 
@@ -132,12 +141,11 @@ def test_a_cluster_is_ready_when_head_and_workers_are(real):
     ref = Ref.of(document, "")
     generation = real.apply(document)["metadata"]["generation"]
     counts = {"desiredWorkerReplicas": 1, "readyWorkerReplicas": 0, "observedGeneration": generation}
-    lines = Lines()
     with meanwhile(
         lambda: play_status(real, document, conditions=[false("HeadPodReady", reason="ContainersNotReady")], **counts),
         lambda: play_status(real, document, conditions=[true("HeadPodReady")]),
         lambda: play_status(real, document, readyWorkerReplicas=1, state="ready"),
-    ):
+    ) as lines:
         wait(real, ref, check_for(ref), LIMIT_S, lines)
     assert lines == [
         "not taken up by an operator yet",
@@ -150,8 +158,8 @@ def test_a_cluster_is_ready_when_head_and_workers_are(real):
     real.apply(document)
     with pytest.raises(WaitTimeout, match="raycluster/pool after 0.5 s: the operator has not seen the last change yet"):
         wait(real, ref, check_for(ref), 0.5)
-    with meanwhile(lambda: play_status(real, document, observedGeneration=generation + 1)):
-        wait(real, ref, check_for(ref), LIMIT_S)
+    with meanwhile(lambda: play_status(real, document, observedGeneration=generation + 1)) as lines:
+        wait(real, ref, check_for(ref), LIMIT_S, lines)
 
 
 def test_a_service_is_ready_after_its_upgrade(real):
@@ -159,7 +167,6 @@ def test_a_service_is_ready_after_its_upgrade(real):
     ref = Ref.of(document, "")
     generation = real.apply(document)["metadata"]["generation"]
     seen = {"observedGeneration": generation}
-    lines = Lines()
     ready = true("Ready", reason="NonZeroServeEndpoints")
     with meanwhile(
         lambda: play_status(real, document, conditions=[false("Ready", reason="Initializing")], **seen),
@@ -171,7 +178,7 @@ def test_a_service_is_ready_after_its_upgrade(real):
             pendingServiceStatus={"trafficRoutedPercent": 40},
         ),
         lambda: play_status(real, document, conditions=[ready, false("UpgradeInProgress")]),
-    ):
+    ) as lines:
         wait(real, ref, check_for(ref), LIMIT_S, lines)
     assert lines == [
         "not taken up by an operator yet",
@@ -188,8 +195,8 @@ def test_a_condition_by_name(real):
     document = ray_cluster("named", real.namespace)
     ref = Ref.of(document, "")
     real.apply(document)
-    with meanwhile(lambda: play_status(real, document, conditions=[true("RayClusterProvisioned")])):
-        wait(real, ref, check_for(ref, "condition=RayClusterProvisioned"), LIMIT_S)
+    with meanwhile(lambda: play_status(real, document, conditions=[true("RayClusterProvisioned")])) as lines:
+        wait(real, ref, check_for(ref, "condition=RayClusterProvisioned"), LIMIT_S, lines)
     wait(real, ref, check_for(ref, "condition=RayClusterProvisioned=True"), LIMIT_S)
     with pytest.raises(WaitTimeout, match=r"RayClusterProvisioned is True \(Played\)"):
         wait(real, ref, check_for(ref, "condition=RayClusterProvisioned=False"), 0.5)
@@ -203,8 +210,9 @@ def test_what_is_not_there_and_what_goes_away(real):
     with pytest.raises(WaitFailed, match=f"raycluster/short not found in namespace {real.namespace}"):
         wait(real, ref, check_for(ref), LIMIT_S)
     real.apply(document)
-    with meanwhile(lambda: real.delete(ref)), pytest.raises(WaitFailed, match="raycluster/short was deleted"):
-        wait(real, ref, check_for(ref), LIMIT_S)
+    gone = "raycluster/short was deleted"
+    with meanwhile(lambda: real.delete(ref)) as lines, pytest.raises(WaitFailed, match=gone):
+        wait(real, ref, check_for(ref), LIMIT_S, lines)
 
 
 def test_deletion_waits_for_finalizers_and_names_them(real):
@@ -216,8 +224,8 @@ def test_deletion_waits_for_finalizers_and_names_them(real):
     with pytest.raises(WaitTimeout, match="still there, held by ray.io/gcs-ft-redis-cleanup-finalizer"):
         wait_deleted(real, ref, 0.5)
     document["metadata"]["finalizers"] = []
-    with meanwhile(lambda: real.apply(document, force=True)):
-        wait_deleted(real, ref, LIMIT_S)
+    with meanwhile(lambda: real.apply(document, force=True)) as lines:
+        wait_deleted(real, ref, LIMIT_S, lines)
     assert real.get(ref) is None
 
 
@@ -238,8 +246,7 @@ def requests(core: CoreApi, *, watch: bool) -> list[str]:
 def test_a_connection_that_is_cut_goes_on_from_the_last_version(core, played):
     core.put(pod("Pending"))
     core.cut_watch_after = 1
-    lines = Lines()
-    with meanwhile(lambda: core.put(pod("Running")), lambda: core.put(pod("Running", ready=True)), pause_s=0.4):
+    with meanwhile(lambda: core.put(pod("Running")), lambda: core.put(pod("Running", ready=True))) as lines:
         wait(played, POD_REF, check_for(POD_REF), LIMIT_S, lines)
     assert lines[0] == "pending" and lines[-1] == "ready"
     assert any("running; watch pod/p: " in line and "goes on waiting" in line for line in lines)
@@ -251,31 +258,34 @@ def test_a_version_that_has_expired_is_listed_again(core, played):
     played.list_objects(POD_REF)
     fail = core.fail  # The first watch is answered with 410 as a status, the next with an event.
     fail("GET", "watch=true", 410, "too old resource version", reason="Expired")
-    with meanwhile(core.forget, lambda: core.put(pod("Running", ready=True)), pause_s=0.3):
-        wait(played, POD_REF, check_for(POD_REF), LIMIT_S, tick_s=1.0)
-    assert len(requests(core, watch=False)) >= 3
+
+    def forget() -> None:
+        until(lambda: len(requests(core, watch=False)) == 3)  # the first list is ours
+        core.forget()
+        until(lambda: len(requests(core, watch=False)) == 4)
+        core.put(pod("Running", ready=True))
+
+    with meanwhile(forget) as lines:
+        wait(played, POD_REF, check_for(POD_REF), LIMIT_S, lines, tick_s=1.0)
 
 
 def test_a_server_that_is_away_for_a_while_is_waited_for(core, played):
     core.put(pod("Pending"))
     core.fail("GET", "watch=true", 503, "starting", times=3)
     core.drop("GET", "watch=true", times=2)
-    lines = Lines()
-    with meanwhile(lambda: core.put(pod("Running", ready=True)), pause_s=0.6):
+    with meanwhile(lambda: core.put(pod("Running", ready=True))) as lines:
         wait(played, POD_REF, check_for(POD_REF), LIMIT_S, lines)
     assert len([line for line in lines if "goes on waiting" in line]) >= 4
 
 
 def test_a_silent_connection_is_given_up(core, tmp_path):
     """As when a firewall forgot it: no answer, no end."""
-    patience = Patience(attempts=2, connect_s=0.3, answer_s=5.0, first_pause_s=0.05)
+    patience = Patience(attempts=2, connect_s=0.3, answer_s=30.0, first_pause_s=0.05)
     cluster = connect(core.kubeconfig(tmp_path / "kubeconfig"), patience=patience)
     core.put(pod("Pending"))
-    core.hang("GET", "watch=true", seconds=20)
-    started = time.monotonic()
-    with meanwhile(lambda: core.put(pod("Running", ready=True))):
-        wait(cluster, POD_REF, check_for(POD_REF), LIMIT_S, tick_s=1.0)
-    assert time.monotonic() - started < 10
+    core.hang("GET", "watch=true", seconds=NEVER_S)
+    with meanwhile(lambda: core.put(pod("Running", ready=True))) as lines:
+        wait(cluster, POD_REF, check_for(POD_REF), LIMIT_S, lines, tick_s=1.0)
 
 
 def test_rights_that_are_missing_end_the_wait(core, played):
@@ -287,10 +297,10 @@ def test_rights_that_are_missing_end_the_wait(core, played):
 
 def test_the_limit_holds(core, played):
     core.put(pod("Pending"))
-    started = time.monotonic()
     with pytest.raises(WaitTimeout, match="pod/p after 1 s: pending"):
-        wait(played, POD_REF, check_for(POD_REF), 1.0)
-    assert time.monotonic() - started < 4
+        wait(played, POD_REF, check_for(POD_REF), 1.0, tick_s=NEVER_S)
+    (asked,) = requests(core, watch=True)
+    assert "timeoutSeconds=1" in asked.split("&")
 
 
 # Core kinds
