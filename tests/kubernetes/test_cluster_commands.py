@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,6 +19,7 @@ from tests.kubernetes.core_api import CUT, CoreApi, running
 from tests.kubernetes.ray_documents import false, play_status, ray_cluster, ray_job, ray_service, true
 from unimoe_ray.cli import main
 from unimoe_ray.kuberay import logs as pod_logs
+from unimoe_ray.kuberay import submit as submitting
 from unimoe_ray.kuberay.client import Cluster, Patience, connect
 from unimoe_ray.kuberay.documents import Ref
 from unimoe_ray.kuberay.progress import Progress
@@ -89,7 +92,7 @@ def operator(*steps: Callable[[], object]) -> Iterator[None]:
 
     def work() -> None:
         for step in steps:
-            end = time.monotonic() + 20
+            end = time.monotonic() + 60
             while True:  # Until what it works on is there.
                 try:
                     step()
@@ -106,7 +109,7 @@ def operator(*steps: Callable[[], object]) -> Iterator[None]:
     try:
         yield
     finally:
-        thread.join(30)
+        thread.join(60)
         assert not errors, errors
 
 
@@ -177,17 +180,24 @@ def test_mistakes_are_one_line_and_exit_code_2(run, folder, kubeconfig, front):
 
 
 def test_a_server_that_is_away(run, tmp_path, folder):
-    with running() as api:
-        file = api.kubeconfig(tmp_path / "away")
-    code, out, err = run("apply", folder, "--kubeconfig", file)
+    with running() as api, socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        api.url = f"http://127.0.0.1:{held.getsockname()[1]}"  # Nobody listens there, nor can in the meantime.
+        code, out, err = run("apply", folder, "--kubeconfig", api.kubeconfig(tmp_path / "away"))
     assert (code, out) == (1, "") and err.count("\n") == 1 and "cannot be reached: Connection refused" in err
 
 
 # submit
 
 
-def test_submit_starts_one_job_prints_its_output_and_waits_for_it(run, cluster, front, folder):
+def test_submit_starts_one_job_prints_its_output_and_waits_for_it(run, cluster, front, folder, monkeypatch):
+    monkeypatch.setattr(pod_logs, "PAUSE_S", 0.05)
+    monkeypatch.setattr(submitting, "LAST_LINES_S", 60.0)
     job = ray_job("mini-align", "team")
+
+    def watched() -> None:
+        """From now on the command sees every status."""
+        assert any("/rayjobs?watch=true" in line for line in front.requests)
 
     def output() -> None:
         play_pod(front, "mini-align-s", SUBMITTER, "ray-job-submitter")
@@ -203,6 +213,7 @@ def test_submit_starts_one_job_prints_its_output_and_waits_for_it(run, cluster, 
     with operator(
         lambda: play_status(cluster, job, jobDeploymentStatus="Initializing", rayClusterName="mini-align-x"),
         output,
+        watched,
         lambda: play_status(cluster, job, jobDeploymentStatus="Running", jobStatus="RUNNING"),
         ended,
         lambda: play_status(cluster, job, jobDeploymentStatus="Complete", jobStatus="SUCCEEDED"),
@@ -390,14 +401,17 @@ def test_a_followed_log_has_each_line_once(core, tmp_path, monkeypatch):
     ref = Ref("v1", "Pod", "default", "p")
     thread = threading.Thread(target=pod_logs.follow, args=(cluster, ref, "c", written.append))
     thread.start()
-    time.sleep(0.5)
+    deadline = time.monotonic() + 60
+    while sum("/log?" in line for line in core.requests) < 5 and time.monotonic() < deadline:
+        time.sleep(0.05)
     core.put(pod | {"status": {"phase": "Succeeded"}})
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
     assert written == [f"line {number}" for number in range(9)]
 
 
-def test_progress_off_a_terminal_prints_what_changes(capsys):
+def test_progress_off_a_terminal_prints_what_changes(capsys, monkeypatch):
+    monkeypatch.setattr("unimoe_ray.kuberay.progress.time", SimpleNamespace(monotonic=lambda: 1000.0))
     asked = []
     with Progress(Console(width=200), "rayjob/x", reasons_every_s=100) as progress:
         for line in ("waits", "waits", "runs"):
