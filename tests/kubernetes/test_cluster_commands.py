@@ -388,12 +388,13 @@ def test_logs_of_a_jobs_submitter_and_of_its_head(run, cluster, front):
     assert (code, err) == (1, "unimoe: rayjob/gone not found in namespace team\n")
 
 
-def test_a_followed_log_has_each_line_once(core, tmp_path, monkeypatch):
-    """Over a lost connection, with lines of the same second, until the container has ended."""
+@pytest.mark.parametrize("phase", ["Running", "Succeeded"])
+def test_a_followed_log_has_each_line_once(core, tmp_path, monkeypatch, phase):
+    """Over a lost connection, with lines of the same second, until the container has ended, or when it had before."""
     monkeypatch.setattr(pod_logs, "PAUSE_S", 0.05)
     cluster = connect(core.kubeconfig(tmp_path / "kubeconfig"))
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p", "namespace": "default"}, "spec": {}}
-    core.put(pod | {"status": {"phase": "Running"}})
+    core.put(pod | {"status": {"phase": phase}})
     stamps = [f"2026-11-24T10:00:0{second}.{part}Z" for second in range(3) for part in (1, 5, 9)]
     lines = [f"{stamp} line {number}" for number, stamp in enumerate(stamps)]
     core.pod_log("p", "c", [*lines[:5], CUT, *lines[5:]])
@@ -402,7 +403,7 @@ def test_a_followed_log_has_each_line_once(core, tmp_path, monkeypatch):
     thread = threading.Thread(target=pod_logs.follow, args=(cluster, ref, "c", written.append))
     thread.start()
     deadline = time.monotonic() + 60
-    while sum("/log?" in line for line in core.requests) < 5 and time.monotonic() < deadline:
+    while thread.is_alive() and sum("/log?" in line for line in core.requests) < 5 and time.monotonic() < deadline:
         time.sleep(0.05)
     core.put(pod | {"status": {"phase": "Succeeded"}})
     thread.join(60)

@@ -47,13 +47,14 @@ def follow(
     stop: threading.Event | None = None,
     silence_s: float = SILENCE_S,
 ) -> None:
-    """Write a container's log, each line once, until the container has ended (or ``stop`` is set).
+    """Write a container's log, each line once, to its end after that of the container (or until ``stop`` is set).
 
     A connection that is lost, or silent for ``silence_s`` seconds, is opened again from the last line seen.
     """
     stop = stop or threading.Event()
-    last = ""
+    last, ended = "", False
     while not stop.is_set():
+        whole = False
         try:
             for stamp, line in cluster.follow(pod, container, last, silence_s):
                 if stamp > last:  # The server's sinceTime counts whole seconds only.
@@ -61,13 +62,17 @@ def follow(
                     last = stamp
                 if stop.is_set():
                     return
+            whole = True
         except Unreachable:
             pass
         except ApiError as error:
-            # 400: the container has not started yet.
-            if error.status not in (400, 429) and error.status < 500:
+            passes = error.status == 429 or error.status >= 500
+            # 400: the container has not started yet. Of one that has ended there is no (more) log.
+            if not (passes or ended or error.status == 400):
                 raise
-        if _ended(cluster.get(pod), container):
+            whole = ended and not passes
+        ended = _ended(cluster.get(pod), container)
+        if ended and whole:
             return
         stop.wait(PAUSE_S)
 
