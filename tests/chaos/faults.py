@@ -26,6 +26,9 @@ from unimoe_ray.training import interrupt
 
 FILE = "UNIMOE_TEST_FAULTS"
 WAIT_S = 600.0
+# What happens once all workers have come to the step and written their parts of a state: else it would be chance which
+# steps are on record, and which state the run goes on from.
+TOGETHER = ("fail", "kill", "hold", "wait")
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,11 @@ def explode_at(step: int) -> Fault:
 def hold_at(step: int) -> Fault:
     """Workers wait for ``let_go``, for something else to be done at that moment."""
     return Fault("hold", None, step)
+
+
+def there(folder: Path, run: str, step: int) -> list[Path]:
+    """One for each worker that has come to a step of ``TOGETHER``."""
+    return list(folder.glob(f"{run.replace('/', '-')}-{step}-*.there"))
 
 
 def let_go(folder: Path, step: int) -> None:
@@ -172,17 +180,21 @@ class Injector(WorkerCallback):
 
         context = ray.train.get_context()
         run, rank = context.get_experiment_name().rsplit("-", 1)[0], context.get_world_rank()
-        mine = [
-            fault
-            for fault in self._faults
-            if fault.rank in (None, rank) and (fault.run is None or fault.run.replace("/", "-") == run)
-        ]
+        world = context.get_world_size()
+        faults = [fault for fault in self._faults if fault.run is None or fault.run.replace("/", "-") == run]
+        mine = [fault for fault in faults if fault.rank in (None, rank)]
+        together = {fault.step for fault in faults if fault.kind in TOGETHER}
 
         def step_with_faults(engine, step, *given):
+            if step.number + 1 in together:
+                interrupt.finish_writing(WAIT_S)
+                (self._folder / f"{run}-{step.number + 1}-{rank}.there").touch()
             for fault in mine:
                 if fault.kind == "pace":
                     time.sleep(fault.seconds)
                 elif step.number + 1 == fault.step and self._first_time(fault, rank):
+                    if fault.kind in TOGETHER:
+                        _until(lambda: len(there(self._folder, run, step.number + 1)) >= world)
                     _happen(fault, engine, self._folder)
             return train_step(engine, step, *given)
 
@@ -217,8 +229,6 @@ def _happen(fault: Fault, engine, folder: Path) -> None:
         _until((folder / f"go-{fault.step}").exists)
     if fault.kind == "wait":
         _until(lambda: any(interrupt.requested()))
-    if fault.kind in ("fail", "kill"):
-        interrupt.finish_writing(WAIT_S)  # else it would be chance which state the run goes on from
     if fault.kind == "fail":
         raise ValueError(f"injected into step {fault.step}")
     if fault.kind == "kill":
