@@ -39,7 +39,10 @@ def test_a_killed_worker_and_one_that_is_taken_away(tmp_path):
     lost, taken = found
     assert (lost["lost_steps"], taken["lost_steps"]) == (2, 0)  # step 4 had the last state
     assert lines[-1]["restarts"] == 2 and lines[-1]["lost_steps"] == 2
-    assert 0 < lines[-1]["goodput"] < undisturbed.lines[-1]["goodput"] <= 1
+    (began, *_) = [event["time"] for event in runs.lines(run, name="events.jsonl") if event["event"] == "start"]
+    away = sum(recovery["seconds"] - recovery["first_step_s"] for recovery in found)
+    assert 0 < lines[-1]["goodput"] < 1 - away / (lines[-1]["time"] - began)
+    assert 0 < undisturbed.lines[-1]["goodput"] <= 1
     parts = ("scheduling_s", "process_s", "import_s", "restore_s", "first_step_s")
     assert lost["seconds"] == pytest.approx(sum(lost[part] for part in parts), abs=0.01)
     assert "rank 1 on node" in runs.stops(run)[0]["text"] and runs.stops(run)[0]["text"].endswith("after step 6")
