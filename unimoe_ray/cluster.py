@@ -45,6 +45,10 @@ def connect(config: Config, local_cpus: float | None = None) -> Iterator[None]:
             )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise UnimoeError(f"Ray at {address}: {' '.join(str(error).split())}") from None
+    except Exception as error:
+        if type(error) is not Exception:  # Ray's own, when its processes are not there after half a minute
+            raise
+        raise UnimoeError(f"Ray did not start; is this machine busy? ({' '.join(str(error).split())})") from None
     _quiet_data()
     try:
         yield
