@@ -134,6 +134,14 @@ def test_claims_of_this_machine_end_with_their_process(tmp_path, start):
         assert mine == ["a", "b"]
 
 
+def test_a_claim_that_ends_while_it_is_looked_at(tmp_path, monkeypatch):
+    with claim(tmp_path, ["a"]):
+        (path,) = tmp_path.glob(".claims/*")
+        monkeypatch.setattr(claims, "is_alive", lambda *_: path.unlink() or True)
+        with locked(tmp_path) as now:
+            assert claimed(tmp_path, now) == set()
+
+
 def test_claims_of_other_machines_end_with_their_lease(tmp_path):
     elsewhere = "0123456789ab-1-1"  # process 1 lives here, too: that says nothing about the other machine
     (tmp_path / ".claims").mkdir()

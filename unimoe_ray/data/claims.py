@@ -13,7 +13,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -69,7 +69,8 @@ def claimed(folder: Path, now: float) -> set[str]:
     keys: set[str] = set()
     for path in (folder / _CLAIMS).glob("*"):
         if is_alive(path.name, path, now):
-            keys.update(path.read_text().split())
+            with suppress(FileNotFoundError):  # its writer is done, just now: it takes no lock for that
+                keys.update(path.read_text().split())
         else:
             path.unlink(missing_ok=True)
     return keys
@@ -88,7 +89,7 @@ def claim(folder: Path, keys: Iterable[str]) -> Iterator[list[str]]:
 
     def renew() -> None:
         while not done.wait(LEASE_S / 6):
-            if mine.exists():  # another machine may have taken this one for dead, after a long standstill
+            with suppress(FileNotFoundError):  # another machine may have taken this one for dead, after a standstill
                 os.utime(mine)
 
     thread = threading.Thread(target=renew, daemon=True)
