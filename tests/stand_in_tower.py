@@ -25,12 +25,13 @@ from unimoe_ray.model.features import Features
 
 
 class StandInTower:
-    """Features [1, 4, 12] of a picture are its pixels at 4 x 4. Each one takes ``seconds``."""
+    """Features [1, 4, 12] of a picture are its pixels at 4 x 4. Each one takes ``seconds``; once the log has ``stop``
+    lines, nothing goes on."""
 
     name, modality, feature_dim = "stand-in", "image", 12
 
-    def __init__(self, log: Path, seconds: float = 0.0):
-        self.log, self.seconds = log, seconds
+    def __init__(self, log: Path, seconds: float = 0.0, stop: int | None = None):
+        self.log, self.seconds, self.stop = log, seconds, stop
 
     def preprocess(self, media: Image.Image) -> np.ndarray:
         return np.asarray(media.resize((4, 4)), np.float32).reshape(1, 4, 12)
@@ -43,6 +44,8 @@ class StandInTower:
             with open(self.log, "a") as log:
                 log.write(f"{os.getpid()} {zlib.crc32(windows)}\n")
             time.sleep(self.seconds)
+            while self.stop is not None and len(encodings(self.log)) >= self.stop:
+                time.sleep(0.1)
         values = torch.from_numpy(np.concatenate(batch))
         count = torch.arange(len(values))
         return Features(values, torch.full_like(count, 4), count)
