@@ -32,7 +32,7 @@ class _Held:
     """Outputs of a stream that are not told yet; told_at: when it was last told a text, ``time.monotonic``."""
 
     outputs: list[Output] = field(default_factory=list)
-    told_at: float = 0.0
+    told_at: float = -math.inf
 
 
 class AsyncEngine:
