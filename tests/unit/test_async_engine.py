@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from tests.unit.test_engine import MODEL, NEW, TOKENIZER, config, make_request, offline, tokens_of
+from unimoe_ray.inference import async_engine
 from unimoe_ray.inference.async_engine import AsyncEngine
 from unimoe_ray.inference.engine import Engine
 from unimoe_ray.inference.request import Admitted, EngineBusy, EngineStopped, GenerationRequest
@@ -60,15 +63,34 @@ def test_tokens_of_a_stream_come_together(per_s, fewest, most):
     asyncio.run(main())
 
 
-def test_a_caller_who_leaves_frees_the_slot():
+def test_the_first_text_comes_at_once_on_a_machine_that_was_started_just_now(monkeypatch):
+    """The clock counts from there."""
+    clock = SimpleNamespace(monotonic=lambda: 0.5, perf_counter=time.perf_counter)
+    monkeypatch.setattr(async_engine, "time", clock)
+    test_tokens_of_a_stream_come_together(1e-3, 2, 5)
+
+
+def test_a_caller_who_leaves_frees_the_slot(monkeypatch):
+    """While the engine has more to say to him: it pauses after some tokens until he has left."""
+
     async def main() -> None:
-        engine = AsyncEngine(Engine(MODEL, TOKENIZER, config(max_running=1, messages_per_s=1e9)))
+        inner = Engine(MODEL, TOKENIZER, config(max_running=1, messages_per_s=1e9))
+        plain, told, left = inner.step, [], threading.Event()
+
+        def step() -> list:
+            assert len(told) < 5 or left.wait(200)
+            told.extend(outputs := plain())
+            return outputs
+
+        monkeypatch.setattr(inner, "step", step)
+        engine = AsyncEngine(inner)
         leaving = make_request(0, random.Random(0), max_new_tokens=60, temperature=1.0, seed=1)
         items = engine.generate(leaving)
         for _ in range(3):
             await anext(items)
         await items.aclose()
-        await asyncio.wait_for(collect(make_request(1, random.Random(1)), engine), 5)
+        left.set()
+        await asyncio.wait_for(collect(make_request(1, random.Random(1)), engine), 200)
         stats = engine.stats()
         assert (stats["cancelled"], stats["running"], stats["kv_tokens_used"]) == (1, 0, 0)
         engine.close()
@@ -95,18 +117,21 @@ def test_too_many_are_sent_away():
 def test_callers_hear_of_an_engine_that_broke(monkeypatch):
     async def main() -> None:
         inner = Engine(MODEL, TOKENIZER, config())
+        plain, told = inner.step, []
+
+        def step() -> list:
+            if len(told) > 3:
+                raise MemoryError("no memory for the next step")
+            told.extend(outputs := plain())
+            return outputs
+
+        monkeypatch.setattr(inner, "step", step)
         engine = AsyncEngine(inner)
         items = engine.generate(make_request(0, random.Random(0), max_new_tokens=60))
-        await anext(items)
-
-        def broken() -> list:
-            raise MemoryError("no memory for the next step")
-
-        monkeypatch.setattr(inner, "step", broken)
         with pytest.raises(EngineStopped, match="has stopped: MemoryError: no memory for the next step"):
             async for _ in items:
                 pass
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             try:
                 engine.check()
