@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+from types import SimpleNamespace
 
 from rich.console import Console
 
+from unimoe_ray import progress as display
 from unimoe_ray.progress import TrainProgress, follow_metrics
 
 
@@ -21,7 +23,7 @@ def _step(step: int, loss: float = 1.0) -> dict:
 
 def test_without_a_terminal_only_first_and_last_steps_are_printed_within_the_interval() -> None:
     out, console = _plain()
-    with TrainProgress(console) as progress:
+    with TrainProgress(console, plain_interval_s=600.0) as progress:
         for step in range(1, 51):
             progress.update("experts/image", _step(step, 100.0 / step), 50)
         progress.done("experts/image")
@@ -39,7 +41,7 @@ def test_the_interval_lets_steps_through_and_done_prints_an_unfinished_run() -> 
     assert len(out.getvalue().splitlines()) == 3
 
     out, console = _plain()
-    with TrainProgress(console) as progress:
+    with TrainProgress(console, plain_interval_s=600.0) as progress:
         for step in (1, 2, 3):
             progress.update("a", _step(step), 10)
         progress.done("a")
@@ -87,7 +89,7 @@ def test_follow_metrics_waits_for_half_written_lines(tmp_path) -> None:
 
 def test_what_is_counted_without_knowing_of_how_much() -> None:
     out, console = _plain()
-    with TrainProgress(console) as progress:
+    with TrainProgress(console, plain_interval_s=600.0) as progress:
         progress.count("reading", 10, None)
         progress.count("reading", 20, None)
         progress.count("reading", 25, 25)
@@ -97,7 +99,7 @@ def test_what_is_counted_without_knowing_of_how_much() -> None:
 
 def test_what_is_counted_has_a_rate_and_the_time_that_is_left(monkeypatch) -> None:
     clock = [100.0]
-    monkeypatch.setattr("unimoe_ray.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(display, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     out, console = _plain()
     with TrainProgress(console, plain_interval_s=0.0) as progress:
         for done in (0, 30, 60, 90):

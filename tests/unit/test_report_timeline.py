@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from unimoe_ray.report.write import write_report
+from unimoe_ray.training import recovery
 from unimoe_ray.training.recovery import (
     DRIVER,
     EVENTS,
@@ -51,7 +53,7 @@ def stopped(tmp_path) -> Path:
 
 def test_the_account_of_a_stop(stopped, monkeypatch):
     now = iter((130.0, 140.0, 140.0, 141.0))
-    monkeypatch.setattr("unimoe_ray.training.recovery.time.time", lambda: next(now))
+    monkeypatch.setattr(recovery, "time", SimpleNamespace(time=lambda: next(now)))
     monkeypatch.setattr("unimoe_ray.training.recovery._marks", {"entered": 126.0, "imported": 128.0, "restored": 133.0})
     account = Account(stopped, "tune", done=4)
     first, second = account.line(3.0), account.line(1.0)
@@ -89,7 +91,7 @@ def test_the_time_without_a_driver_is_not_lost(stopped, monkeypatch):
     events_of(stopped, (1000.0, DRIVER), reached=6)
     events_of(stopped, (1001.0, START), workers=1)
     now = iter((1009.0, 1010.0, 1010.0))
-    monkeypatch.setattr("unimoe_ray.training.recovery.time.time", lambda: next(now))
+    monkeypatch.setattr(recovery, "time", SimpleNamespace(time=lambda: next(now)))
     line = Account(stopped, "tune", done=4).line(1.0)
     assert (line["recovery"]["cause"], line["recovery"]["seconds"], line["lost_steps"]) == ("driver", 10.0, 2)
     assert line["goodput"] == round(5 / (1010 - 100 - (1000 - 122)), 4)
