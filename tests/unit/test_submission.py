@@ -201,7 +201,7 @@ class Dashboard:
         if how == "cut":
             request.transport.abort()
         elif how == "silent":
-            await asyncio.sleep(20)
+            await asyncio.sleep(200)
         elif how == "end":
             self.status = "SUCCEEDED"
         return socket
@@ -279,7 +279,9 @@ def test_output_comes_once_and_whole(dashboard, drops):
     dashboard.text, dashboard.drops = LINES, drops
     written, said = [], []
     client = connect(dashboard.url)
-    details = logs.follow(client, JOB, written.append, said.append, silence_s=0.3, pause_s=0.01)
+    # Where nobody is silent on purpose, a slow machine is not taken for it.
+    silence = 3.0 if any(drop[0] == "silent" for drop in drops) else 100.0
+    details = logs.follow(client, JOB, written.append, said.append, silence_s=silence, pause_s=0.01)
     assert "".join(written) == LINES
     assert details.status.value == "SUCCEEDED" and dashboard.connections == len(drops) and said == []
 
