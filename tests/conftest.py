@@ -9,8 +9,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.tiny import TinyRun, make_tiny_run
+
+# How long an example takes says nothing on a machine that does other things, too.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 # Folders whose tests start Ray clusters, which have fixed ports and need the machine: one at a time.
 CLUSTERS = {"chaos", "distributed", "serving"}
