@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from tests.distributed.worlds import run_world
 from tests.tiny import TinyRun, make_tiny_run
 from unimoe_ray.data import prepare
 from unimoe_ray.data.batch import collate
@@ -75,14 +74,9 @@ def _reference(run: TinyRun, stage: str, name: str) -> tuple[dict, dict]:
     return first, {key: p.detach().clone() for key, p in trainable.items()}
 
 
-def _worker(rank: int, world: int, port: int, run: TinyRun, out: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def _worker(rank: int, world: int, run: TinyRun, out: Path) -> None:
     results = {stage: _train(rank, world, run, stage, name) for stage, name in STAGES}
-    torch.save(results, f"{out}/{rank}.pt")
-    dist.barrier()
+    torch.save(results, out / f"{rank}.pt")
 
 
 def _train(rank: int, world: int, run: TinyRun, stage: str, name: str) -> dict:
@@ -122,10 +116,7 @@ def _train(rank: int, world: int, run: TinyRun, stage: str, name: str) -> dict:
 )
 def test_two_workers_equal_one_process(tmp_path, zero_stage, changes):
     tiny_run = make_tiny_run(tmp_path, training={"zero_stage": zero_stage}, **changes)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(_worker, args=(2, port, tiny_run, str(tmp_path)), nprocs=2, start_method="spawn")
+    run_world(2, partial(_worker, run=tiny_run, out=tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for stage, name in STAGES:
         grads, after = _reference(tiny_run, stage, name)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from tests.distributed.worlds import run_world
 from tests.tiny import TinyRun
 from unimoe_ray.data import prepare
 from unimoe_ray.data.batch import collate
@@ -66,14 +64,9 @@ def _train(run: TinyRun, rank: int, world: int, every: int) -> list[dict]:
     return [{"validation": first}, *lines] if every else lines
 
 
-def _worker(rank: int, world: int, port: int, run: TinyRun, out: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def _worker(rank: int, world: int, run: TinyRun, out: Path) -> None:
     results = {"without": _train(run, rank, world, 0), "with": _train(run, rank, world, 2)}
-    Path(out, f"{rank}.json").write_text(json.dumps(results))
-    dist.barrier()
+    (out / f"{rank}.json").write_text(json.dumps(results))
 
 
 @pytest.mark.timeout(300)
@@ -81,10 +74,7 @@ def test_validation_is_exact_and_training_does_not_notice_it(tiny_run, tmp_path)
     # Dropout draws random numbers, and the balance loss reads the record of the routers.
     tiny_run.config.stages.tune["tune"].lora.dropout = 0.2
     tiny_run.info.model["moe"] |= {"balance_coef": 0.01}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(_worker, args=(2, port, tiny_run, str(tmp_path)), nprocs=2, start_method="spawn")
+    run_world(2, partial(_worker, run=tiny_run, out=tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -138,20 +137,20 @@ def record_outputs(model: UniMoE) -> list[torch.Tensor]:
 
 def run_world(world: int, work: Callable[[int, int], None]) -> None:
     """``work(rank, world)`` in as many processes with a gloo process group, forked from one that has imported what they
-    need (importing takes longer than the work). It must be picklable."""
+    need (importing takes longer than the work). It must be picklable. They meet at a port that is held from the
+    beginning: one that was free may be taken while they start."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.distributed.worlds_preload"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(partial(_join, world=world, port=port, work=work), nprocs=world, start_method="forkserver")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    mp.start_processes(partial(_join, world=world, port=store.port, work=work), nprocs=world, start_method="forkserver")
 
 
 def _join(rank: int, world: int, port: int, work: Callable[[int, int], None]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    store = dist.TCPStore("127.0.0.1", port)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     work(rank, world)
     dist.barrier()
     dist.destroy_process_group()
