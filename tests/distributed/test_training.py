@@ -43,7 +43,9 @@ def _exported(seen: dict[tuple[str, tuple], float]) -> None:
         try:
             address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
             page = requests.get(address, timeout=5).text
-        except requests.ConnectionError:  # the exporter starts some seconds after its node
+        except (
+            requests.RequestException
+        ):  # the exporter starts some seconds after its node, and may have to wait for a core
             continue
         for family in text_string_to_metric_families(page):
             for sample in family.samples:
