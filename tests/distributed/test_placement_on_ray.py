@@ -127,4 +127,4 @@ def test_selectors_are_by_label_and_keep_the_others_out_of_labelled_nodes(cluste
     def label() -> str:
         return ray.get_runtime_context().get_node_labels().get(MODALITY_LABEL, "")
 
-    assert ray.get(label.options(label_selector=selectors[0]).remote(), timeout=60) == ""
+    assert ray.get(label.options(label_selector=selectors[0]).remote(), timeout=150) == ""
