@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from tests.ports import free_port
 from unimoe_ray.errors import UnimoeError
 from unimoe_ray.mini.assets import fetch
 
@@ -24,15 +24,9 @@ TASKS = {"image_vqa", "sound_event", "spoken_word", "spoken_question", "text"}
 TASKS |= {"video_direction", "video_object", "video_sound"}
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def dashboard():
-    port = _free_port()
+    port = free_port()
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
@@ -41,7 +35,7 @@ def dashboard():
             "include_dashboard": True,
             "dashboard_host": "127.0.0.1",
             "dashboard_port": port,
-            "dashboard_agent_listen_port": _free_port(),
+            "dashboard_agent_listen_port": free_port(),
         },
     )
     yield f"http://127.0.0.1:{port}"
@@ -135,7 +129,7 @@ def test_ctrl_c_leaves_a_job_that_others_can_follow_and_stop(dashboard, tmp_path
             while "it has begun" not in process.stdout.readline():
                 assert process.poll() is None
             process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=30)
+            _, err = process.communicate(timeout=120)
         finally:
             process.kill()
     job = err.split()[1].rstrip(":")

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
+
 ROOT = Path(__file__).parents[2]
 TOKEN = "sesame-0123456789abcdef0123456789abcdef"
 CLUSTER = """
@@ -28,16 +30,10 @@ cluster.shutdown()
 pytestmark = pytest.mark.slow
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @contextmanager
 def running(agent_port: int, **variables: str):
     """Addresses of a cluster in a process of its own: of the dashboard, and as ray.init takes it."""
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-c", CLUSTER, str(port), str(agent_port)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=os.environ | variables, **pipes) as process:
@@ -47,7 +43,7 @@ def running(agent_port: int, **variables: str):
             yield f"http://127.0.0.1:{port}", line.split()[1]
         finally:
             process.stdin.close()
-            process.wait(60)
+            process.wait(120)
 
 
 def _unimoe(*arguments: str, cwd: Path, **variables: str) -> tuple[int, str]:
@@ -60,7 +56,7 @@ def _unimoe(*arguments: str, cwd: Path, **variables: str) -> tuple[int, str]:
         env=environment | {"PYTHONPATH": str(ROOT), "HOME": str(cwd)} | variables,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=250,
     )
     assert TOKEN not in done.stdout + done.stderr
     return done.returncode, done.stdout + done.stderr
@@ -71,7 +67,7 @@ def test_a_cluster_with_a_token(tmp_path):
     (tmp_path / "hello.py").write_text("print('hello from the job')\n")
     token = tmp_path / "token"
     token.write_text(TOKEN)
-    with running(_free_port(), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN) as (url, address):
+    with running(free_port(), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN) as (url, address):
         for given, line in (
             ({}, f"unimoe: {url}: the cluster wants its token; set RAY_AUTH_TOKEN_PATH to a file that holds it"),
             (

@@ -7,6 +7,7 @@ import socket
 from collections import namedtuple
 from importlib import metadata
 
+from tests.ports import free_port
 from unimoe_ray import doctor
 
 GIB = 2**30
@@ -37,9 +38,9 @@ def test_table_shows_every_finding_and_a_verdict(capsys, monkeypatch) -> None:
 
 def test_a_port_in_use_is_seen() -> None:
     with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
+        port = free_port()
+        sock.bind(("127.0.0.1", port))
         sock.listen()
-        port = sock.getsockname()[1]
         assert not doctor.port_is_free(port)
     assert doctor.port_is_free(port)
 
