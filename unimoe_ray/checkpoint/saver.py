@@ -98,14 +98,15 @@ class Saver:
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         # A connection of its own: the thread's requests must not come between those of the process group.
         self._store = dist.distributed_c10d._get_default_store().clone()
+        # Rank 0's. What was there before may go; what came since is other ranks' next state, or another attempt's. The
+        # others can begin only after it has looked.
+        self._left = {name for name in folder.names() if step_of(name) is not None} if self._rank == 0 else set()
         attempt = [secrets.token_hex(3)]
         dist.broadcast_object_list(attempt)
         self._attempt: str = attempt[0]
         self._buffer = torch.empty(0)
         self._writing: Future[Outcome] | None = None
         self._last_step = 0
-        # Rank 0's. What was there before may go; what came since is other ranks' next state, or another attempt's.
-        self._left = {name for name in folder.names() if step_of(name) is not None} if self._rank == 0 else set()
         self._told: str | None = None
         self._committed: dict[int, tuple[str, float | None]] | None = None
 
