@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -145,6 +146,15 @@ def test_workers_share_the_questions(cluster, config, shared):
     assert found.asked == 20 and contents(found.folder) == before
 
 
+def answerers() -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "Answerer" in "".join(process.cmdline()[:1]):
+                found.append(process)
+    return found
+
+
 @pytest.mark.slow
 def test_a_worker_that_dies_is_replaced(cluster, config, shared):
     what, ask, before = shared
@@ -152,8 +162,9 @@ def test_a_worker_that_dies_is_replaced(cluster, config, shared):
 
     def kill_one(done: int, total: int) -> None:
         if done == 4:
-            mine = psutil.Process().children(recursive=True)
-            actors = [process for process in mine if process.cmdline()[:1] and "Answerer" in process.cmdline()[0]]
+            end = time.monotonic() + 120
+            while len(actors := answerers()) < 2 and time.monotonic() < end:  # the other may still be starting
+                time.sleep(0.05)
             actors[0].kill()
             killed.append(len(actors))
 
