@@ -48,7 +48,8 @@ import torch
 from PIL import Image
 from serving import SIZES, VOCAB
 
-from tests.serving.conftest import free_port, serve_run
+from tests.ports import free_port
+from tests.serving.conftest import serve_run
 from tests.serving.media import wav
 from tests.tiny import make_servable_run, save_start
 from unimoe_ray import config as configuration

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import queue
 import re
-import secrets
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +18,7 @@ import psutil
 import pytest
 import requests
 
+from tests.ports import free_port
 from tests.serving.scripted import no_traceback, site  # noqa: F401 fixtures
 from tests.serving.sites import names  # noqa: F401 a fixture
 from tests.tiny import TinyRun, make_servable_run
@@ -70,15 +69,6 @@ def replicas_below(process: subprocess.Popen, app: str, deployment: str) -> list
             if " ".join(child.cmdline()).startswith(title):
                 found.append(child)
     return found
-
-
-def free_port() -> int:
-    """None of those that the system gives to whoever asks for any: it is used seconds later."""
-    while True:
-        port = 20_000 + secrets.randbelow(10_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("", port))
-            return port
 
 
 def serve_run(config: Config, *overrides: str, **environment: str) -> Iterator[Endpoint]:

@@ -20,7 +20,8 @@ import pytest
 import requests
 
 from serve.launch import environment
-from tests.serving.conftest import ROOT, free_port, replicas_below
+from tests.ports import free_port
+from tests.serving.conftest import ROOT, replicas_below
 from tests.serving.media import image, sound, text
 from tests.serving.stand_ins import DEADLY, HELD, STOP_ENGINE
 from tests.serving.test_faults import wait_for
