@@ -96,28 +96,29 @@ struct Experts {
 };
 }
 
-// In each thread: of rows [N, H] those of each expert, counts[e] from firsts[e] on, to the same rows of outputs [N, H], of
-// which the thread fills columns ``vectors(H)``; scratch [2, N, F].
+// In each thread: of rows [.., H] those of each expert, counts[e] from firsts[e] on and N in all, to the same rows of
+// outputs [.., H], of which the thread fills columns ``vectors(H)``; scratch [2, N, F].
 static void run(const Experts &of, const int64_t *firsts, const int64_t *counts, long N, const float *rows,
                 float *outputs, float *scratch) {
     const long H = of.hidden, F = of.inner;
-    float *activated = scratch, *up = scratch + N * F;
     const Range inner = vectors(F), hidden = vectors(H);
-    for (long e = 0; e < of.number; e++) {
-        const long first = firsts[e], count = counts[e];
-        product(of.experts[e].gate, F, H, rows + first * H, count, inner, activated + first * F);
-        product(of.experts[e].up, F, H, rows + first * H, count, inner, up + first * F);
-        for (long row = first; row < first + count; row++) {
-            float *g = activated + row * F, *u = up + row * F;
+    float *activated = scratch;
+    for (long e = 0; e < of.number; activated += counts[e++] * F) {
+        const float *x = rows + firsts[e] * H;
+        product(of.experts[e].gate, F, H, x, counts[e], inner, activated);
+        product(of.experts[e].up, F, H, x, counts[e], inner, activated + N * F);
+        for (long row = 0; row < counts[e]; row++) {
+            float *gate = activated + row * F, *up = gate + N * F;
             long f = inner.from;
             for (; f + VL <= inner.to; f += VL)
-                store(g + f, load(g + f) / (1.0f + exponential(-load(g + f))) * load(u + f));
-            for (; f < inner.to; f++) g[f] = g[f] / (1.0f + std::exp(-g[f])) * u[f];
+                store(gate + f, load(gate + f) / (1.0f + exponential(-load(gate + f))) * load(up + f));
+            for (; f < inner.to; f++) gate[f] = gate[f] / (1.0f + std::exp(-gate[f])) * up[f];
         }
     }
 #pragma omp barrier
-    for (long e = 0; e < of.number; e++)
-        product(of.experts[e].down, H, F, activated + firsts[e] * F, counts[e], hidden, outputs + firsts[e] * H);
+    activated = scratch;
+    for (long e = 0; e < of.number; activated += counts[e++] * F)
+        product(of.experts[e].down, H, F, activated, counts[e], hidden, outputs + firsts[e] * H);
 }
 
 extern "C" {

@@ -37,13 +37,13 @@ def run_few_rows(experts: Sequence[Weights], rows: torch.Tensor, counts: Sequenc
     found = _read({place: experts[index] for place, index in enumerate(few)}, len(few), rows)
     if found is None or not _is_plain(outputs):
         return False
-    indices = c_int64 * len(few)
-    scratch = rows.new_empty(2 * len(rows) * found.inner)
+    indices, length = c_int64 * len(few), sum(counts[index] for index in few)
+    scratch = rows.new_empty(2 * length * found.inner)
     _kernels().run_experts(
         byref(found),
         indices(*[firsts[index] for index in few]),
         indices(*[counts[index] for index in few]),
-        c_int64(len(rows)),
+        c_int64(length),
         *map(_address, (rows, outputs, scratch)),
         _threads(),
     )
