@@ -1,8 +1,12 @@
-// Few rows through each of some SwiGLU experts, for CPUs; see model/few_rows.py.
+// SwiGLU experts on CPUs, where MKL is slow: few rows through each of some experts, and the gradients of their weights;
+// see model/compiled.py. fp32.
 //
 // Weights are those of the modules, [N, K] row by row. With few rows the product waits for them, so four or two of them
-// are read at a time, each once, and the next are asked for meanwhile: MKL waits longer. Every number depends on its own
-// row alone: sums run in one order, whatever comes with it.
+// are read at a time, each once, and the next are asked for meanwhile. Every number depends on its own row alone: sums
+// run in one order, whatever comes with it.
+//
+// The gradient of a weight is as large as the weight, and written once: where it goes to memory past the caches, what
+// lay there need not be read first.
 
 #include <algorithm>
 #include <cmath>
@@ -11,6 +15,9 @@
 #include <utility>
 #include <vector>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 #include <omp.h>
 
 #include "vectors.h"
@@ -21,6 +28,7 @@ constexpr int WITH_FOUR = 6, WITH_TWO = 12;
 #else
 constexpr int WITH_FOUR = 3, WITH_TWO = 5;
 #endif
+constexpr int PANEL = WITH_TWO;
 
 static inline float sum(Vec v) {
     Int lane;
@@ -79,6 +87,61 @@ static void product(const float *w, long N, long K, const float *x, long M, Rang
             tiles[rows.to - rows.from - 1](w + of.from * K, K, x + rows.from * K, K, out + rows.from * N + of.from, N);
         }
         of.from += width;
+    }
+}
+
+// Vectors that are not read again before they would have left the cache. Only where p is aligned.
+static inline void stream(float *p, Vec v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX__)
+    _mm256_stream_ps(p, (__m256)v);
+#else
+    store(p, v);
+#endif
+}
+static inline void streamed() {
+#if defined(__AVX__)
+    _mm_sfence();
+#endif
+}
+
+// out [R][2 * VL] (stride ldo) = the sums over M of a [M][PANEL] times b [M][2 * VL].
+template <int R, bool STREAM>
+static void outer(const float *a, const float *b, long M, float *out, long ldo) {
+    Vec acc[R][2] = {};
+    for (long m = 0; m < M; m++, a += PANEL, b += 2 * VL) {
+        const Vec first = load(b), second = load(b + VL);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+            acc[r][0] += a[r] * first;
+            acc[r][1] += a[r] * second;
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+        for (int n = 0; n < 2; n++)
+            STREAM ? stream(out + r * ldo + n * VL, acc[r][n]) : store(out + r * ldo + n * VL, acc[r][n]);
+}
+
+using Outer = void (*)(const float *, const float *, long, float *, long);
+template <bool STREAM, int... R>
+static constexpr auto outers(std::integer_sequence<int, R...>) {
+    struct Table { Outer of[sizeof...(R)]; };
+    return Table{{outer<R + 1, STREAM>...}};
+}
+template <bool STREAM>
+static constexpr auto OUTERS = outers<STREAM>(std::make_integer_sequence<int, PANEL>());
+
+// Columns from.. of x [M, N] (strides row, column) as [M][width], missing ones as zeros.
+static void pack(const float *x, long M, long N, long row, long column, long from, long width, float *to) {
+    const long count = std::min(width, N - from);
+    x += from * column;
+    for (long m = 0; m < M; m++, x += row, to += width) {
+        if (column == 1) std::copy_n(x, count, to);
+        else for (long n = 0; n < count; n++) to[n] = x[n * column];
+        std::fill(to + count, to + width, 0.0f);
     }
 }
 
@@ -157,6 +220,44 @@ void mix(const Experts *experts, int64_t T, int64_t K, const int64_t *chosen, co
                 for (long h = hidden.from; h < hidden.to; h++) to[h] = std::fma(weight, from[h], to[h]);
             }
         }
+    }
+}
+
+// Floats of scratch memory for a gradient.
+int64_t gradient_scratch(int64_t M, int64_t K, int32_t threads) {
+    return ((K + 2 * VL - 1) / (2 * VL) * (2 * VL) + threads * PANEL) * M;
+}
+
+// The gradient [N, K] of a weight, from that of its outputs, grad [M, N], and its inputs, x [M, K], both of any strides
+// (row, column).
+void weight_gradient(const float *grad, const int64_t *grad_strides, const float *x, const int64_t *x_strides,
+                     int64_t M, int64_t N, int64_t K, float *out, float *scratch, int32_t threads) {
+    constexpr long WIDTH = 2 * VL;
+    const long columns = (K + WIDTH - 1) / WIDTH, panels = (N + PANEL - 1) / PANEL;
+    const bool aligned = K % VL == 0 && (uintptr_t)out % sizeof(Vec) == 0;
+    const auto &outers = aligned ? OUTERS<true>.of : OUTERS<false>.of;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (long c = 0; c < columns; c++)
+            pack(x, M, K, x_strides[0], x_strides[1], c * WIDTH, WIDTH, scratch + c * WIDTH * M);
+        float *panel = scratch + (columns * WIDTH + omp_get_thread_num() * PANEL) * M, rest[PANEL * WIDTH];
+#pragma omp for schedule(static)
+        for (long p = 0; p < panels; p++) {
+            const long first = p * PANEL, rows = std::min<long>(PANEL, N - first);
+            pack(grad, M, N, grad_strides[0], grad_strides[1], first, PANEL, panel);
+            for (long c = 0; c < columns; c++) {
+                const long left = K - c * WIDTH;
+                float *to = out + first * K + c * WIDTH;
+                if (left >= WIDTH) {
+                    outers[rows - 1](panel, scratch + c * WIDTH * M, M, to, K);
+                    continue;
+                }
+                OUTERS<false>.of[rows - 1](panel, scratch + c * WIDTH * M, M, rest, WIDTH);
+                for (long row = 0; row < rows; row++) std::copy_n(rest + row * WIDTH, left, to + row * K);
+            }
+        }
+        streamed();
     }
 }
 }

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
-from unimoe_ray.model.few_rows import MAX_ROWS, Weights, mix_few_tokens, run_few_rows
+from unimoe_ray.model.compiled import MAX_ROWS, Weights, mix_few_tokens, run_few_rows, weight_gradient
 
 # On CPUs the product of few rows with a [F, H] weight is up to 1.6 times faster as ``weight @ rows.T`` (MKL). Measured
 # for these numbers of rows; with fewer it is slower, with more turning the rows costs what it gains.
@@ -267,7 +267,7 @@ def _backward(expert: Expert, x, kept, grad, of_x: torch.Tensor | None, wanted) 
 
 def _backward_projection(p: Projection, x, kept, grad, of_x: torch.Tensor | None, wanted) -> list[torch.Tensor | None]:
     """Gradients of weight, a and b, as far as ``wanted``; what flows through the adapter is added to ``of_x``."""
-    of_weight = torch.mm(grad.t(), x) if wanted[0] else None
+    of_weight = weight_gradient(grad, x) if wanted[0] else None
     if p.a is None:
         return [of_weight, None, None]
     noise, low = kept

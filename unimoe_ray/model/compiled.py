@@ -1,5 +1,6 @@
-"""Few rows through experts on CPUs: what a step of decoding is. The products wait for the weights then, and a compiled
-kernel gets them sooner than the library behind torch does. Without gradients; fp32."""
+"""What a compiled kernel does for experts on CPUs, in fp32, where the library behind torch is slow: few rows without
+gradients, as in a step of decoding, and the gradients of weights. Without a compiler, or for other tensors, torch does
+it."""
 
 from __future__ import annotations
 
@@ -17,6 +18,8 @@ from unimoe_ray.kernels.library import KernelUnavailable, library
 logger = logging.getLogger(__name__)
 # Up to so many rows of an expert: 1.1 to 1.8 times faster than torch; with 16 as fast.
 MAX_ROWS = 12
+# Rows up to which the gradient of a weight is made faster: 1.1 times at 128, 2 times at 16; with 256 as fast.
+MAX_GRADIENT_ROWS = 256
 
 # gate [F, H], up [F, H], down [H, F]
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -76,9 +79,30 @@ def mix_few_tokens(
     return mixed, counts
 
 
+def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Of a linear layer's weight: ``grad.T @ x`` for ``grad`` [M, out] of its outputs and its inputs ``x`` [M, in]."""
+    length, (rows, columns) = len(x), (grad.shape[1], x.shape[1])
+    kernels = _kernels() if length <= MAX_GRADIENT_ROWS and _is_fp32(grad) and _is_fp32(x) and not _traced() else None
+    if kernels is None:
+        return torch.mm(grad.t(), x)
+    out, threads = x.new_empty(rows, columns), torch.get_num_threads()
+    scratch = x.new_empty(kernels.gradient_scratch(c_int64(length), c_int64(columns), c_int32(threads)))
+    strides = c_int64 * 2
+    kernels.weight_gradient(
+        _address(grad),
+        strides(*grad.stride()),
+        _address(x),
+        strides(*x.stride()),
+        *map(c_int64, (length, rows, columns)),
+        *map(_address, (out, scratch)),
+        c_int32(threads),
+    )
+    return out
+
+
 def _read(experts: dict[int, Weights], number: int, rows: torch.Tensor) -> _Experts | None:
     """As the kernel takes them; None if it can't, or there are none."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not experts or not _is_plain(rows):
+    if _traced() or not experts or not _is_plain(rows):
         return None
     hidden, inner = rows.shape[1], len(next(iter(experts.values()))[0])
     shapes = [(inner, hidden), (inner, hidden), (hidden, inner)]
@@ -90,15 +114,18 @@ def _read(experts: dict[int, Weights], number: int, rows: torch.Tensor) -> _Expe
     return _Experts(addresses, number, hidden, inner) if _kernels() else None
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """fp32 in the memory of the CPU, row by row. Of a subclass, nobody knows what its memory holds."""
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _is_fp32(tensor: torch.Tensor) -> bool:
+    """And in the memory of the CPU. Of a subclass, nobody knows what its memory holds."""
     kind = type(tensor)
-    return (
-        (kind is nn.Parameter or kind is torch.Tensor)
-        and tensor.dtype is torch.float32
-        and tensor.is_cpu
-        and tensor.is_contiguous()
-    )
+    return (kind is nn.Parameter or kind is torch.Tensor) and tensor.dtype is torch.float32 and tensor.is_cpu
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return _is_fp32(tensor) and tensor.is_contiguous()
 
 
 def _address(tensor: torch.Tensor) -> c_void_p:
@@ -114,7 +141,8 @@ def _kernels() -> CDLL | None:
     try:
         kernels = library("experts")
     except KernelUnavailable as reason:
-        logger.warning("experts without their compiled kernel, slower where tokens are few: %s", reason)
+        logger.warning("experts without their compiled kernel, slower: %s", reason)
         return None
-    kernels.run_experts.restype = kernels.mix.restype = None
+    kernels.run_experts.restype = kernels.mix.restype = kernels.weight_gradient.restype = None
+    kernels.gradient_scratch.restype = c_int64
     return kernels

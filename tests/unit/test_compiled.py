@@ -1,4 +1,4 @@
-"""The compiled way of few rows through experts against that of torch."""
+"""What is compiled for experts against what torch does."""
 
 import logging
 
@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from unimoe_ray.kernels.library import library
-from unimoe_ray.model import few_rows, moe
+from unimoe_ray.model import compiled, moe
+from unimoe_ray.model.compiled import MAX_GRADIENT_ROWS, MAX_ROWS, mix_few_tokens, run_few_rows, weight_gradient
 from unimoe_ray.model.experts import SwiGLU, run_experts
-from unimoe_ray.model.few_rows import MAX_ROWS, mix_few_tokens, run_few_rows
 from unimoe_ray.model.moe import MoELayer
 
 SIZES = [(16, 32), (512, 1376), (37, 23), (3, 1)]  # those of vectors, and with rests
@@ -29,7 +29,7 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def weights_of(expert: SwiGLU) -> few_rows.Weights:
+def weights_of(expert: SwiGLU) -> compiled.Weights:
     return expert.gate_proj.weight, expert.up_proj.weight, expert.down_proj.weight
 
 
@@ -39,7 +39,7 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def the_whole_way(monkeypatch, layer: MoELayer, x: torch.Tensor):
     with monkeypatch.context() as without:
-        without.setattr(few_rows, "_kernels", lambda: None)
+        without.setattr(compiled, "_kernels", lambda: None)
         return layer(x)
 
 
@@ -137,7 +137,7 @@ class Tagged(torch.Tensor):
 def test_what_the_kernel_is_not_for():
     weights, rows = weights_of(SwiGLU(16, 24)), torch.randn(4, 16)
 
-    def runs(weights: few_rows.Weights, rows: torch.Tensor) -> bool:
+    def runs(weights: compiled.Weights, rows: torch.Tensor) -> bool:
         return run_few_rows([weights], rows, [len(rows)], torch.empty_like(rows))
 
     assert runs(weights, rows)
@@ -177,7 +177,7 @@ def test_no_compiler(monkeypatch, caplog):
     wanted = layer(x)[0]
     monkeypatch.setenv("CXX", "/nowhere/g++")
     library.cache_clear()
-    few_rows._kernels.cache_clear()
+    compiled._kernels.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             assert relative_error(layer(x)[0], wanted) < 1e-6
@@ -186,7 +186,33 @@ def test_no_compiler(monkeypatch, caplog):
         assert "/nowhere/g++" in record.getMessage()
     finally:
         library.cache_clear()
-        few_rows._kernels.cache_clear()
+        compiled._kernels.cache_clear()
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (1376, 512), (23, 37), (1, 1), (12, 16), (13, 33)], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 17, 64, MAX_GRADIENT_ROWS, MAX_GRADIENT_ROWS + 1])
+def test_gradients_of_weights(rows, shape, threads):
+    torch.manual_seed(0)
+    grad, x = (torch.randn(rows, size) for size in shape)
+    exact = grad.double().t() @ x.double()
+    found = weight_gradient(grad, x)
+    assert found.is_contiguous() and relative_error(found, exact) < 1e-6
+    by_columns = [tensor.t().contiguous().t() for tensor in (grad, x)]
+    for others in (
+        by_columns,
+        (grad, by_columns[1]),
+        (by_columns[0], x),
+        [torch.cat([t, t], 1)[:, ::2] for t in (grad, x)],
+    ):
+        wanted = others[0].double().t() @ others[1].double()
+        assert relative_error(weight_gradient(*others), wanted) < 1e-6
+
+
+def test_gradients_of_other_weights():
+    for dtype in (torch.float64, torch.bfloat16):
+        grad, x = torch.randn(3, 24, dtype=dtype), torch.randn(3, 16, dtype=dtype)
+        assert torch.equal(weight_gradient(grad, x), grad.t() @ x)
+    assert weight_gradient(torch.empty(3, 24, device="meta"), torch.empty(3, 16, device="meta")).shape == (24, 16)
 
 
 def test_gradients_go_the_whole_way():
