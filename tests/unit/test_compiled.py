@@ -215,6 +215,26 @@ def test_gradients_of_other_weights():
     assert weight_gradient(torch.empty(3, 24, device="meta"), torch.empty(3, 16, device="meta")).shape == (24, 16)
 
 
+@pytest.mark.parametrize("hidden", [64, 37, 1])
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (5, 2), (40, 3)])
+def test_gradients_of_the_weighted_sum(tokens, top_k, hidden, threads, monkeypatch):
+    torch.manual_seed(0)
+    order, _ = moe.sort_slots(torch.rand(tokens, 4).topk(top_k).indices, 4)
+    inputs = [torch.randn(tokens * top_k, hidden), torch.rand(tokens, top_k)]
+    upstream = torch.randn(tokens, hidden)
+
+    def gradients() -> list[torch.Tensor]:
+        outputs, weights = (tensor.clone().requires_grad_() for tensor in inputs)
+        with torch.enable_grad():
+            moe.combine(outputs, order, weights).backward(upstream)
+        return [outputs.grad, weights.grad]
+
+    found = gradients()
+    monkeypatch.setattr(moe, "combine_gradients", lambda *_: None)
+    wanted = gradients()
+    assert torch.equal(found[0], wanted[0]) and torch.allclose(found[1], wanted[1], rtol=1e-5, atol=1e-6)
+
+
 def test_gradients_go_the_whole_way():
     layer, x = MoELayer(16, 24, 2, 2), torch.randn(3, 16, requires_grad=True)
     with torch.enable_grad():

@@ -260,4 +260,30 @@ void weight_gradient(const float *grad, const int64_t *grad_strides, const float
         streamed();
     }
 }
+
+// Backward of the weighted sum of a token's slots (model/moe.py, combine), in one pass. grad [T, H] of the sums; outputs
+// [T*K, H] and order [T*K] of the sorted slots; weights [T, K]. To of_outputs [T*K, H] and of_weights [T, K].
+void combine_gradients(const float *grad, const float *outputs, const int64_t *order, const float *weights,
+                       int64_t slots, int64_t K, int64_t H, float *of_outputs, float *of_weights, int32_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t row = 0; row < slots; row++) {
+        const int64_t slot = order[row];
+        const float *g = grad + slot / K * H, *y = outputs + row * H, weight = weights[slot];
+        float *to = of_outputs + row * H;
+        Vec product[2] = {};
+        long h = 0;
+        for (; h + 2 * VL <= H; h += 2 * VL)
+            for (int n = 0; n < 2; n++) {
+                const Vec of = load(g + h + n * VL);
+                product[n] += of * load(y + h + n * VL);
+                store(to + h + n * VL, of * weight);
+            }
+        float total = sum(product[0] + product[1]);
+        for (; h < H; h++) {
+            total += g[h] * y[h];
+            to[h] = g[h] * weight;
+        }
+        of_weights[slot] = total;
+    }
+}
 }

@@ -1,5 +1,5 @@
 """What a compiled kernel does for experts on CPUs, in fp32, where the library behind torch is slow: few rows without
-gradients, as in a step of decoding, and the gradients of weights. Without a compiler, or for other tensors, torch does
+gradients, as in a step of decoding, and some gradients. Without a compiler, or for other tensors, torch does
 it."""
 
 from __future__ import annotations
@@ -100,6 +100,20 @@ def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def combine_gradients(
+    grad: torch.Tensor, outputs: torch.Tensor, order: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Backward of ``moe.combine`` in one pass: the gradients of its outputs [T*K, H] and weights [T, K]; None where
+    that is up to torch."""
+    if _traced() or not all(map(_is_plain, (grad, outputs, weights))) or not order.is_contiguous() or not _kernels():
+        return None
+    of_outputs, of_weights = torch.empty_like(outputs), torch.empty_like(weights)
+    sizes = map(c_int64, (len(order), weights.shape[1], grad.shape[1]))
+    inputs, results = (grad, outputs, order, weights), (of_outputs, of_weights)
+    _kernels().combine_gradients(*map(_address, inputs), *sizes, *map(_address, results), _threads())
+    return of_outputs, of_weights
+
+
 def _read(experts: dict[int, Weights], number: int, rows: torch.Tensor) -> _Experts | None:
     """As the kernel takes them; None if it can't, or there are none."""
     if _traced() or not experts or not _is_plain(rows):
@@ -143,6 +157,7 @@ def _kernels() -> CDLL | None:
     except KernelUnavailable as reason:
         logger.warning("experts without their compiled kernel, slower: %s", reason)
         return None
-    kernels.run_experts.restype = kernels.mix.restype = kernels.weight_gradient.restype = None
+    for function in (kernels.run_experts, kernels.mix, kernels.weight_gradient, kernels.combine_gradients):
+        function.restype = None
     kernels.gradient_scratch.restype = c_int64
     return kernels

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from unimoe_ray.model.compiled import combine_gradients
 from unimoe_ray.model.experts import SwiGLU, mix_directly, run_experts
 from unimoe_ray.model.routing import Routing, RoutingStats, route
 
@@ -117,6 +118,9 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: torch.Tensor):
         outputs, order, weights = ctx.saved_tensors
+        found = combine_gradients(grad, outputs, order, weights)
+        if found is not None:
+            return found[0], None, found[1]
         upstream = grad.index_select(0, order // weights.shape[1])
         of_weights = torch.empty_like(weights)
         of_weights.view(-1)[order] = torch.linalg.vecdot(upstream, outputs)
