@@ -1,8 +1,8 @@
 """A call by value ends as one by reference does when its replica is lost.
 
 Serve sends it over a connection to the replica. That breaks with the replica's process; but of a node whose power is
-cut nothing comes any more, and gRPC waits a minute for the answer to a ping (its default, which Serve leaves). Ray finds
-out sooner, and this asks Ray.
+cut nothing comes any more, and gRPC waits a minute for the answer to a ping (its default, which Serve leaves). Ray
+finds out sooner, and this asks Ray.
 """
 
 from __future__ import annotations
