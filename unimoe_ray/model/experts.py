@@ -210,19 +210,20 @@ def _run(
     """Outputs [N, H]. To ``kept`` goes, of every expert that has rows, what its backward needs: gate(x), up(x),
     silu(gate(x)), and of each projection the dropout's noise and a(x)."""
     outputs = torch.empty_like(rows)
-    plain = [_plain(expert) for expert in experts]
-    few_done = kept is None and all(plain) and run_few_rows(plain, rows, counts, outputs)
+    few_done = False
+    if kept is None and all(plain := [_plain(expert) for expert in experts]):
+        few_done = run_few_rows(plain, rows, counts, outputs)
     parts = zip(counts, rows.split(counts), outputs.split(counts), experts, strict=True)
     for count, x, y, (gate, up, down) in parts:
         if not count or few_done and count <= MAX_ROWS:
             continue
-        few = count in TURNED_ROWS and x.is_cpu
-        turned = x.t().contiguous() if few else None
+        turns = count in TURNED_ROWS and x.is_cpu
+        turned = x.t().contiguous() if turns else None
         g, *of_gate = _project(gate, x, turned)
         u, *of_up = _project(up, x, turned)
         activated = F.silu(g)
         hidden = activated.mul_(u) if kept is None else activated * u
-        if few:
+        if turns:
             out, *of_down = _project(down, hidden, hidden.t())
             y.copy_(out)
         else:
