@@ -268,8 +268,12 @@ def make_run(folder: Path, size: str, serving: dict) -> Config:
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.06)
         model.match_text_rms()
-        model.language.get_output_embeddings().weight[tokenizer.get_vocab_size() :] = 0
-        model.language.get_output_embeddings().weight[end_token(tokenizer)] = 0  # So no answer ends before its time.
+        # No answer ends before its time, nor has tokens without a text of their own, as parts of a character are.
+        texts = [tokenizer.decode([token]) for token in range(tokenizer.get_vocab_size())]
+        has_text = [text.isascii() and bool(text.strip()) for text in texts]
+        has_text[end_token(tokenizer)] = False
+        spoken = torch.tensor(has_text + [False] * (VOCAB - len(has_text)))
+        model.language.get_output_embeddings().weight[~spoken] = 0
     save_start(run, model, "tune", "tune")
     return run.config
 

@@ -29,10 +29,12 @@ STOPPED = "the engine has stopped"
 
 @dataclass
 class _Held:
-    """Outputs of a stream that are not told yet; told_at: when it was last told a text, ``time.monotonic``."""
+    """Outputs of a stream that are not told yet. told_at: when it was last told something, or had its first output if
+    that was nothing yet, ``time.monotonic``; has_text: whether it was told any text."""
 
+    told_at: float
     outputs: list[Output] = field(default_factory=list)
-    told_at: float = -math.inf
+    has_text: bool = False
 
 
 class AsyncEngine:
@@ -149,14 +151,14 @@ class AsyncEngine:
         interval = 1 / self.engine.config.messages_per_s
         due = []
         for output in outputs:
-            held = self._held.setdefault(output.request_id, _Held())
+            held = self._held.setdefault(output.request_id, _Held(now))
             held.outputs.append(output)
-            if output.finish_reason is None and now - held.told_at < interval:
+            urgent = output.finish_reason is not None or output.text and not held.has_text
+            if not urgent and now - held.told_at < interval:
                 continue
             told = _together(held.outputs)
-            held.outputs = []
-            if told.text:
-                held.told_at = now
+            held.outputs, held.told_at = [], now
+            held.has_text = held.has_text or bool(told.text)
             if told.finish_reason is not None:
                 del self._held[output.request_id]
             due.append(told)
