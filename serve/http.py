@@ -21,6 +21,7 @@ from serve.chat import MB, Chat, Event, server_sent
 from serve.errors import ApiError
 from serve.keys import ApiKeys, Caller, Limits, admit
 from serve.openai_api import ChatRequest, model_object, parse_chat
+from serve.proxy import BODY
 from serve.tracing import Tracer, traceparent
 from unimoe_ray import __version__
 from unimoe_ray.config.serving import LimitsConfig
@@ -185,6 +186,8 @@ async def _body(request: Request, limits: LimitsConfig) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit:
         raise too_large
+    if BODY in request.scope:
+        return request.scope[BODY]
     parts, size = [], 0
     try:
         async with asyncio.timeout(limits.request_seconds):

@@ -6,6 +6,7 @@ ingress replica died with a bare 500, and cuts a stream without a word.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import deque
 from typing import Any
@@ -26,6 +27,12 @@ STEERING = (
 # A larger request is not kept for a second try.
 MAX_KEPT_BYTES = 64 * 2**20
 RETRY_AFTER_S = 2
+# Key of the scope under which the ingress finds the whole body of a small request. Else it has to call the proxy back
+# for it, which costs both of them about a third of what a short question costs them.
+BODY = "unimoe_ray.body"
+MAX_INLINE_BYTES = 256 * 2**10
+# A body that takes longer is the ingress's to wait for, with its limits.
+INLINE_WAIT_S = 0.05
 
 
 def middlewares() -> list[Middleware]:
@@ -51,6 +58,8 @@ class SurviveIngress:
         ]
         scope = dict(scope, headers=headers)
         request = _Replayable(receive)
+        if _is_small(headers) and (body := await request.take_body()) is not None:
+            scope[BODY] = body
         for _ in range(MAX_TRIES):
             answer = _Answer(send)
             await self.app(scope, request.receive, answer.send)
@@ -60,20 +69,42 @@ class SurviveIngress:
             await answer.complete()
 
 
+def _is_small(headers: list[tuple[bytes, bytes]]) -> bool:
+    length = Headers(raw=headers).get("content-length", "")
+    return length.isdecimal() and 0 < int(length) <= MAX_INLINE_BYTES
+
+
 class _Replayable:
     """The messages of a request, which can be read again from the start."""
 
     def __init__(self, receive: Receive):
         self._receive = receive
+        self._first: asyncio.Future[Message] | None = None
         self._kept: list[Message] = []
         self._again: deque[Message] = deque()
         self._size = 0
         self.disconnected = False
 
+    async def take_body(self) -> bytes | None:
+        """The body, which is no message to be read then, if it is all in the first message and that is there soon."""
+        self._first = asyncio.ensure_future(self._receive())
+        done, _ = await asyncio.wait({self._first}, timeout=INLINE_WAIT_S)
+        if not done:
+            return None
+        message = self._first.result()
+        if message["type"] != "http.request" or message.get("more_body", False):
+            return None
+        self._first = None
+        return message.get("body", b"")
+
     async def receive(self) -> Message:
         if self._again:
             return self._again.popleft()
-        message = await self._receive()
+        if self._first is None:
+            message = await self._receive()
+        else:  # Serve cancels whoever waits here; the next one must not find it cancelled.
+            message = await asyncio.shield(self._first)
+            self._first = None
         if message["type"] == "http.disconnect":
             self.disconnected = True
         else:

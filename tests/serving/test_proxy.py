@@ -7,9 +7,11 @@ import json
 
 import pytest
 
-from serve.proxy import MAX_TRIES, SurviveIngress
+from serve.proxy import BODY, INLINE_WAIT_S, MAX_INLINE_BYTES, MAX_TRIES, SurviveIngress
 
 START = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+
+ONE_TWO = {"type": "http.request", "body": b"one two", "more_body": False}
 
 
 def body(data: bytes, more: bool = False) -> dict:
@@ -70,6 +72,70 @@ def test_a_request_without_any_answer_is_sent_again_whole():
 
     assert ask(app) == [START, body(b"answer")]
     assert tries == [b"one two"] * 2
+
+
+@pytest.mark.parametrize(
+    ("messages", "length", "taken"),
+    [
+        ([ONE_TWO], b"7", b"one two"),
+        ([{"type": "http.request", "body": b"one two"}], b"7", b"one two"),
+        ([], b"7", None),  # the two pieces
+        ([ONE_TWO], b"seven", None),
+        ([ONE_TWO], b"%d" % (MAX_INLINE_BYTES + 1), None),
+        ([{"type": "http.disconnect"}], b"7", None),
+    ],
+)
+def test_a_small_body_that_is_there_goes_with_the_headers(messages, length, taken):
+    """Then nothing is left to be read but that the client leaves; sent again, the request has it still."""
+    seen, tries = [], []
+
+    async def app(scope, receive, send):
+        tries.append(scope.get(BODY))
+        if taken is None:
+            seen.append(await read_all(receive))
+        else:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(receive(), 0.01)
+        if len(tries) == 2:
+            await send(START)
+            await send(body(b"answer"))
+
+    left = messages == [{"type": "http.disconnect"}]
+    assert ask(app, *messages, headers=((b"content-length", length),)) == ([] if left else [START, body(b"answer")])
+    assert tries == [taken] * (1 if left else 2)
+    assert seen == ([] if taken else [b""] if left else [b"one two"] * 2)
+
+
+def test_a_body_that_takes_its_time_is_the_apps_to_wait_for():
+    """Also when Serve gives up waiting for it with the first try."""
+    tries, arrived = [], asyncio.Event()
+
+    async def app(scope, receive, send):
+        tries.append(BODY in scope)
+        if len(tries) == 1:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(receive(), 0.01)
+            arrived.set()
+            return
+        await send(START)
+        await send(body(await read_all(receive)))
+
+    async def receive() -> dict:
+        await arrived.wait()
+        return {"type": "http.request", "body": b"late", "more_body": False}
+
+    async def main() -> list[dict]:
+        sent: list[dict] = []
+
+        async def send(message: dict) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "headers": [(b"content-length", b"4")]}
+        await asyncio.wait_for(SurviveIngress(app)(scope, receive, send), 20 + INLINE_WAIT_S)
+        return sent
+
+    assert asyncio.run(main()) == [START, body(b"late")]
+    assert tries == [False, False]
 
 
 def test_a_request_that_never_gets_an_answer_is_a_503():

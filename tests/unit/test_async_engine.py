@@ -14,7 +14,7 @@ from tests.unit.test_engine import MODEL, NEW, TOKENIZER, config, make_request, 
 from unimoe_ray.inference import async_engine
 from unimoe_ray.inference.async_engine import AsyncEngine
 from unimoe_ray.inference.engine import Engine
-from unimoe_ray.inference.request import Admitted, EngineBusy, EngineStopped, GenerationRequest
+from unimoe_ray.inference.request import Admitted, EngineBusy, EngineStopped, GenerationRequest, Output
 
 # The engine in its thread
 
@@ -44,7 +44,7 @@ def test_many_callers_at_once():
     asyncio.run(main())
 
 
-@pytest.mark.parametrize(("per_s", "fewest", "most"), [(1e9, NEW, NEW), (1e-3, 2, 5)])
+@pytest.mark.parametrize(("per_s", "fewest", "most"), [(1e9, NEW - 1, NEW), (1e-3, 1, 2)])
 def test_tokens_of_a_stream_come_together(per_s, fewest, most):
     """The first text and the end at once, whatever lies between them as often as it may."""
 
@@ -67,7 +67,24 @@ def test_the_first_text_comes_at_once_on_a_machine_that_was_started_just_now(mon
     """The clock counts from there."""
     clock = SimpleNamespace(monotonic=lambda: 0.5, perf_counter=time.perf_counter)
     monkeypatch.setattr(async_engine, "time", clock)
-    test_tokens_of_a_stream_come_together(1e-3, 2, 5)
+    test_tokens_of_a_stream_come_together(1e-3, 1, 2)
+
+
+def test_tokens_without_a_text_wait_for_the_one_that_has_it():
+    """As those of a character that is several tokens do, wherever it is in the answer; not for longer than any other."""
+    thread = SimpleNamespace(engine=SimpleNamespace(config=config(messages_per_s=10)), _held={})
+
+    def told(at: float, text: str, end: str | None = None) -> list[tuple]:
+        due = AsyncEngine._due(thread, [Output("a", text, (round(at * 100),), finish_reason=end)], at)
+        return [(output.text, output.token_ids) for output in due]
+
+    assert told(0.00, "") == told(0.01, "") == []
+    assert told(0.02, "é") == [("é", (0, 1, 2))]  # the first text, at once
+    assert told(0.03, "b") == told(0.10, "c") == []
+    assert told(0.13, "d") == [("bcd", (3, 10, 13))]
+    assert told(0.14, "", "length") == [("", (14,))] and not thread._held
+    assert told(0.00, "") == [] and told(0.11, "") == [("", (0, 11))]
+    assert told(0.12, "e") == [("e", (12,))]
 
 
 def test_a_caller_who_leaves_frees_the_slot(monkeypatch):
