@@ -2,8 +2,10 @@
 
 Loads are skewed (Zipf), by modality (an expert has its main kinds of tokens, a node reads mainly some kinds), and drift
 from window to window. Experts are placed on the loads of a window and stay for ``HOLD`` windows; what counts is the
-balance and the traffic of the windows after it. The split of tokens over replicas moves nothing and follows the
-window before. Prints a table and one JSON line, draws the trade-off of balance and traffic.
+balance and the traffic of the windows after it. How tokens are split over replicas moves nothing: our split follows the
+counts of the step itself, which whoever dispatches knows before anything is sent (``unimoe_ray.parallel.sharing`` does
+so in inference); a row beside it has the split of the window before. Prints a table and one JSON line, draws the
+trade-off of balance and traffic.
 
     python benchmarks/placement.py [FOLDER for placement.png and placement.md, default benchmarks/results]
 """
@@ -99,35 +101,48 @@ def hierarchical_policy(loads: Loads, topology: Topology) -> Placement:
     return eplb_hierarchical(loads.tokens.sum(axis=1), RANKS * SLOTS, RANKS, NODES, groups=EXPERTS // 4)
 
 
-Split = Callable[[Placement, Loads, Topology], Array]
-# EPLB gives each replica an equal part; it gets the better choice of which tokens, those of the replica's own node. The
-# row beyond gives its placement our split, which is no part of it.
+def by_step(placement: Placement, before: Loads, now: Loads, topology: Topology) -> Array:
+    return split(placement, now, topology)
+
+
+def by_window(placement: Placement, before: Loads, now: Loads, topology: Topology) -> Array:
+    return split(placement, before, topology)
+
+
+def evenly(placement: Placement, before: Loads, now: Loads, topology: Topology) -> Array:
+    """EPLB gives each replica an equal part; it gets the better choice of which tokens, those of the replica's node."""
+    return even_split(placement, before, topology)
+
+
+Split = Callable[[Placement, Loads, Loads, Topology], Array]
+# The last row but two gives EPLB's placement our split, which is no part of it.
 STRATEGIES: dict[str, tuple[Callable[[Loads, Topology], Placement], Split]] = {
-    "ours": (ours, split),
-    "EPLB global": (global_policy, even_split),
-    "EPLB hierarchical": (hierarchical_policy, even_split),
-    "EPLB global + our split": (global_policy, split),
-    "contiguous": (naive_contiguous, even_split),
-    "round robin": (naive_round_robin, even_split),
+    "ours": (ours, by_step),
+    "ours, split of the window before": (ours, by_window),
+    "EPLB global": (global_policy, evenly),
+    "EPLB hierarchical": (hierarchical_policy, evenly),
+    "EPLB global + our split": (global_policy, by_step),
+    "contiguous": (naive_contiguous, evenly),
+    "round robin": (naive_round_robin, evenly),
 }
 
 # As while training: each expert has one place. EPLB then gives every rank as many; ours may use the fifth slot.
 SINGLE: dict[str, tuple[Callable[[Loads, Topology], Placement], Split]] = {
-    "ours": (plan, split),
-    "EPLB global": (lambda loads, _: eplb_global(loads.tokens.sum(axis=1), EXPERTS, RANKS), split),
+    "ours": (plan, by_step),
+    "EPLB global": (lambda loads, _: eplb_global(loads.tokens.sum(axis=1), EXPERTS, RANKS), by_step),
     "EPLB hierarchical": (
         lambda loads, _: eplb_hierarchical(loads.tokens.sum(axis=1), EXPERTS, RANKS, NODES, groups=EXPERTS // 4),
-        split,
+        by_step,
     ),
-    "contiguous": (lambda loads, _: contiguous(LAYERS, EXPERTS, RANKS), split),
-    "round robin": (lambda loads, _: Placement.of([np.arange(EXPERTS).reshape(-1, RANKS).T] * LAYERS), split),
+    "contiguous": (lambda loads, _: contiguous(LAYERS, EXPERTS, RANKS), by_step),
+    "round robin": (lambda loads, _: Placement.of([np.arange(EXPERTS).reshape(-1, RANKS).T] * LAYERS), by_step),
 }
 
 
 @dataclass
 class Result:
     """planned: on the loads that were planned for; later: mean over the windows after. Bytes are GB a step over all
-    layers; seconds those of the expert layers in a step."""
+    layers; seconds those of the expert layers in a step; split_ms the CPU time of a layer's split."""
 
     planned: float = 0.0
     later: float = 0.0
@@ -135,6 +150,7 @@ class Result:
     later_gb: float = 0.0
     later_seconds: float = 0.0
     plan_seconds: float = 0.0
+    split_ms: float = 0.0
 
 
 def measure(scenario: Scenario, strategy: tuple[Callable, Split], topology: Topology) -> Result:
@@ -147,10 +163,13 @@ def measure(scenario: Scenario, strategy: tuple[Callable, Split], topology: Topo
             started = time.process_time()
             placement = place(before, topology)
             result.plan_seconds += (time.process_time() - started) / plans
-            found = flows(placement, before, topology, divide(placement, before, topology))
+            found = flows(placement, before, topology, divide(placement, before, before, topology))
             result.planned += imbalance_of(found).mean() / plans
             result.planned_gb += found.received.sum() * WORK.token_bytes / 1e9 / plans
-        found = flows(placement, now, topology, divide(placement, before, topology))
+        started = time.process_time()
+        shares = divide(placement, before, now, topology)
+        result.split_ms += (time.process_time() - started) * 1e3 / LAYERS / WINDOWS
+        found = flows(placement, now, topology, shares)
         result.later += imbalance_of(found).mean() / WINDOWS
         result.later_gb += found.received.sum() * WORK.token_bytes / 1e9 / WINDOWS
         result.later_seconds += layer_seconds(found, topology, WORK).sum() / WINDOWS
@@ -184,7 +203,7 @@ def trade_off(scenario: Scenario, topology: Topology, path: Path) -> list[dict[s
     for name, marker in (("EPLB global", "s"), ("EPLB global + our split", "D"), ("EPLB hierarchical", "^")):
         place, divide = STRATEGIES[name]
         placement = place(loads, topology)
-        found = flows(placement, loads, topology, divide(placement, loads, topology))
+        found = flows(placement, loads, topology, divide(placement, loads, loads, topology))
         axes.plot(_crossing(found), imbalance_of(found).mean(), marker, label=name)
     axes.axvline(least_crossing(loads, topology), color="grey", ls=":", label="bound on crossing tokens")
     axes.set(xlabel="part of the routed tokens that leave their node", ylabel="slowest rank / mean rank")
@@ -229,18 +248,19 @@ def main() -> None:
     say(f"windows of {DRIFT:.0%} drift. slowest/mean: mean over layers; GB between nodes a step, all layers.")
     for title, strategies in (("with replicas", STRATEGIES), ("one place per expert, as in training", SINGLE)):
         say("")
-        say(f"| {title} | strategy | slowest/mean as planned | later | GB as planned | later | s/step later | plan s |")
-        say("|---|---|---|---|---|---|---|---|")
+        figures = "slowest/mean as planned | later | GB as planned | later | s/step later | plan s | split ms"
+        say(f"| {title} | strategy | {figures} |")
+        say("|---|---|---|---|---|---|---|---|---|")
         for scenario in SCENARIOS:
             results[f"{scenario.name}, {title}"] = rows = {}
             for name, strategy in strategies.items():
                 r = rows[name] = vars(measure(scenario, strategy, topology))
                 say(
                     f"| {scenario.name} | {name} | {r['planned']:.4f} | {r['later']:.4f} | {r['planned_gb']:.0f} | "
-                    f"{r['later_gb']:.0f} | {r['later_seconds']:.2f} | {r['plan_seconds']:.2f} |"
+                    f"{r['later_gb']:.0f} | {r['later_seconds']:.2f} | {r['plan_seconds']:.2f} | {r['split_ms']:.1f} |"
                 )
             bound = least_crossing(scenario.windows(topology)[0], topology) * TOKENS * LAYERS * WORK.token_bytes / 1e9
-            say(f"| {scenario.name} | bound on bytes | | | {bound:.0f} | | | |")
+            say(f"| {scenario.name} | bound on bytes | | | {bound:.0f} | | | | |")
     curve = trade_off(SCENARIOS[1], topology, folder / "placement.png")
     say("")
     say("Growth of planning, 16 layers, CPU seconds:")

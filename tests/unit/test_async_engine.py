@@ -71,7 +71,7 @@ def test_the_first_text_comes_at_once_on_a_machine_that_was_started_just_now(mon
 
 
 def test_tokens_without_a_text_wait_for_the_one_that_has_it():
-    """As those of a character that is several tokens do, wherever it is in the answer; not for longer than any other."""
+    """As those of a character that is several tokens do; for no longer than others wait."""
     thread = SimpleNamespace(engine=SimpleNamespace(config=config(messages_per_s=10)), _held={})
 
     def told(at: float, text: str, end: str | None = None) -> list[tuple]:

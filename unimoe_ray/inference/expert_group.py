@@ -26,7 +26,8 @@ from unimoe_ray.model.moe import combine, dispatch, sort_slots
 from unimoe_ray.model.routing import Routing
 from unimoe_ray.model.unimoe import UniMoE
 from unimoe_ray.parallel.placement import replan
-from unimoe_ray.parallel.placement_cost import Work, gain, slot_table, split
+from unimoe_ray.parallel.placement_cost import Work, gain
+from unimoe_ray.parallel.sharing import share_out
 from unimoe_ray.parallel.topology import Loads, Placement, Topology, contiguous
 
 logger = logging.getLogger(__name__)
@@ -151,24 +152,18 @@ class ExpertGroup:
         new = replan(current, *about, steps=self._interval, replicas=True, slack=self._settings.slack)
         saved = gain(new, current, *about, self._interval)
         if new != current and saved >= self._settings.min_gain:
-            self._place(new, loads)
+            self._place(new)
             self.moves += 1
             logger.info(f"experts were placed anew: {saved:.1%} of their layers' time is to be saved")
 
-    def _place(self, placement: Placement, loads: Loads | None = None) -> None:
-        """loads: by which the rows of experts with several places are shared out; evenly without."""
+    def _place(self, placement: Placement) -> None:
         waits = [
             member.hold(held) for member, held in zip(self.members, zip(*placement.layers, strict=True), strict=True)
         ]
         for wait in waits:
             wait()
         self.placement = placement
-        experts = self._routed.shape[1]
-        loads = loads or Loads(np.ones((len(placement.layers), 1, experts)), self._readers)
-        parts = split(placement, loads, self._topology, self._settings.slack or 0.0)
-        parts = np.einsum("n,lns->ls", np.bincount(self._topology.node_of, self._readers[0]), parts)
-        held = slot_table(placement, experts, self._topology)[1]
-        self._places = [_Places.of(*layer, experts) for layer in zip(held, parts, strict=True)]
+        self._places = [_Places.of(layer, self._routed.shape[1]) for layer in placement.layers]
 
     def places(self, mixture: int, experts: torch.Tensor) -> torch.Tensor:
         """Where each of these experts [T, K] is asked: [T, K] of places, counted over the members in their order."""
@@ -177,33 +172,33 @@ class ExpertGroup:
 
 @dataclass(frozen=True)
 class _Places:
-    """Of one mixture's experts. place [E, C] int64: of each expert, padded; up_to [E, C - 1]: the part of its rows that
-    goes to these places before the next one."""
+    """Of one mixture's experts. place [E, C] int64: of each expert, padded; members [E]: who holds it."""
 
     place: torch.Tensor
-    up_to: torch.Tensor
+    members: list[list[int]]
 
     @classmethod
-    def of(cls, held: np.ndarray, parts: np.ndarray, experts: int) -> _Places:
-        """held [S]: the expert in each slot, ``experts`` where there is none; parts [S]: of its rows for that slot."""
-        held, parts = held[held < experts], parts[held < experts]
-        most = int(np.bincount(held).max())
-        place, up_to = np.zeros((experts, most), np.int64), np.ones((experts, most))
-        for expert in range(experts):
-            (own,) = np.nonzero(held == expert)
-            place[expert, : len(own)] = own
-            up_to[expert, : len(own) - 1] = parts[own[:-1]].cumsum()
-        return cls(torch.tensor(place), torch.tensor(up_to[:, :-1]))
+    def of(cls, held: Held, experts: int) -> _Places:
+        """held: by each member."""
+        members: list[list[int]] = [[] for _ in range(experts)]
+        places: list[list[int]] = [[] for _ in range(experts)]
+        for place, (member, expert) in enumerate((member, e) for member, ids in enumerate(held) for e in ids):
+            members[expert].append(member)
+            places[expert].append(place)
+        most = max(map(len, places))
+        return cls(torch.tensor([own + [0] * (most - len(own)) for own in places]), members)
 
     def of_slots(self, experts: torch.Tensor) -> torch.Tensor:
-        place, up_to = self.place.to(experts.device), self.up_to.to(experts.device)
-        if not up_to.shape[1]:
+        """The rows of an expert with several places are shared out anew in each step."""
+        place, most = self.place.to(experts.device), self.place.shape[1]
+        if most == 1:
             return place[experts, 0]
         order, counts = sort_slots(experts, len(place))
+        shares = [share + [0] * (most - len(share)) for share in share_out(counts.tolist(), self.members)]
+        up_to = torch.tensor(shares, device=order.device).cumsum(1)[:, :-1]
         expert = experts.reshape(-1)[order]
         rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[expert]
-        last = (up_to[expert] * counts[expert, None] + 0.5).floor()
-        chosen = place[expert, (rank[:, None] >= last).sum(dim=1)]
+        chosen = place[expert, (rank[:, None] >= up_to[expert]).sum(dim=1)]
         return torch.empty_like(chosen).scatter_(0, order, chosen).view_as(experts)
 
 
