@@ -71,6 +71,24 @@ LORAS = [None, {}, {"lora_dropout": 0.3}]
 
 
 @pytest.mark.parametrize("lora", LORAS)
+def test_the_gradient_of_rows_is_there_before_those_of_the_weights(lora, monkeypatch):
+    """So that it can travel meanwhile; everything is as it is without."""
+    model, rows, order = build(lora), torch.randn(sum(COUNTS), HIDDEN), []
+    wanted, weigh = outcome(model, run_experts, rows), direct._weigh
+    monkeypatch.setattr(direct, "_weigh", lambda *given: order.append("weights") or weigh(*given))
+    found = outcome(model, lambda *given: run_experts(*given, lambda of_rows: order.append(of_rows.clone())), rows)
+    (first, *rest) = order
+    assert torch.equal(first, wanted["x"]) and rest == ["weights"] * sum(count > 0 for count in COUNTS)
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_nothing_is_told_of_rows_that_need_no_gradient():
+    model = build()
+    run_experts(model.experts, torch.randn(sum(COUNTS), HIDDEN), COUNTS, pytest.fail).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("lora", LORAS)
 def test_equals_the_modules(lora, module_calls):
     model, rows = build(lora), torch.randn(sum(COUNTS), HIDDEN)
     wanted = outcome(model, by_module, rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import compress
 from typing import NamedTuple
 
@@ -55,7 +55,13 @@ class Projection(NamedTuple):
 Expert = tuple[Projection, Projection, Projection]  # gate, up, down
 
 
-def run_experts(experts: Iterable[nn.Module], rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+# Told the gradient of rows [N, H] while those of the weights are still to be computed.
+Early = Callable[[torch.Tensor], None]
+
+
+def run_experts(
+    experts: Iterable[nn.Module], rows: torch.Tensor, counts: Sequence[int], early: Early | None = None
+) -> torch.Tensor:
     """``rows`` [N, H], the first counts[0] of them for the first expert and so on, to [N, H]; bf16 under autocast.
 
     An expert without rows takes part: its gradients are zeros, not missing, as reducing them over ranks needs.
@@ -73,8 +79,9 @@ def run_experts(experts: Iterable[nn.Module], rows: torch.Tensor, counts: Sequen
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            return _run_read([tuple(_cast(p, dtype) for p in expert) for expert in found], rows.to(dtype), counts)
-    return _run_read(found, rows, counts)
+            cast = [tuple(_cast(p, dtype) for p in expert) for expert in found]
+            return _run_read(cast, rows.to(dtype), counts, early)
+    return _run_read(found, rows, counts, early)
 
 
 def run_grouped(experts: Sequence[Expert], rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -85,13 +92,13 @@ def run_grouped(experts: Sequence[Expert], rows: torch.Tensor, counts: torch.Ten
     return F.grouped_mm(hidden, down, offs=ends)
 
 
-def _run_read(experts: list[Expert], rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
+def _run_read(experts: list[Expert], rows: torch.Tensor, counts: list[int], early: Early | None) -> torch.Tensor:
     if rows.is_cuda and rows.dtype is torch.bfloat16 and _want_grouped(experts):
         return run_grouped(experts, rows, torch.tensor(counts, device=rows.device))
     if torch.is_grad_enabled():
         settings = [[(p.scale, p.dropout) for p in expert] for expert in experts]
         tensors = [tensor for expert in experts for p in expert for tensor in p.tensors()]
-        return _Experts.apply(rows, counts, settings, *tensors)
+        return _Experts.apply(rows, counts, settings, early, *tensors)
     return _run(experts, rows, counts)
 
 
@@ -169,10 +176,10 @@ class _Experts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows, counts: list[int], settings: list, *tensors) -> torch.Tensor:
+    def forward(ctx, rows, counts: list[int], settings: list, early: Early | None, *tensors) -> torch.Tensor:
         kept: list[torch.Tensor | None] = []
         outputs = _run(_experts(tensors, settings), rows, counts, kept)
-        ctx.counts, ctx.settings, ctx.tensors = counts, settings, len(tensors)
+        ctx.counts, ctx.settings, ctx.early, ctx.tensors = counts, settings, early, len(tensors)
         ctx.save_for_backward(rows, *tensors, *kept)
         return outputs
 
@@ -181,22 +188,41 @@ class _Experts(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor):
         rows, *saved = ctx.saved_tensors
         tensors, kept = saved[: ctx.tensors], saved[ctx.tensors :]
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[4:]
         grad = grad.contiguous()
         of_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        experts = _experts(tensors, ctx.settings)
+        parts = list(_parts(ctx.counts))
+
+        def flow_back(index: int) -> Flow:
+            part, place = parts[index]
+            into = None if of_rows is None else of_rows[part]
+            return _flow_back(experts[index], kept[place : place + 9], grad[part], into)
+
+        early = ctx.early is not None and of_rows is not None
+        flows = [flow_back(index) if count else None for index, count in enumerate(ctx.counts)] if early else []
+        if early:
+            ctx.early(of_rows)
         of_tensors: list[torch.Tensor | None] = []
-        start = place = 0
-        for index, (expert, count) in enumerate(zip(_experts(tensors, ctx.settings), ctx.counts, strict=True)):
+        for index, (expert, count, (part, place)) in enumerate(zip(experts, ctx.counts, parts, strict=True)):
             wanted = needed[9 * index : 9 * index + 9]
             if count:
-                part = slice(start, start + count)
-                into = None if of_rows is None else of_rows[part]
-                of_tensors += _backward(expert, rows[part], kept[place : place + 9], grad[part], into, wanted)
-                start, place = start + count, place + 9
+                flow = flows[index] if early else flow_back(index)
+                of_tensors += _weigh(expert, rows[part], kept[place : place + 9], grad[part], flow, wanted)
+                if early:
+                    flows[index] = None
             else:
                 own = tensors[9 * index : 9 * index + 9]
                 of_tensors += [torch.zeros_like(t) if want else None for t, want in zip(own, wanted, strict=True)]
-        return of_rows, None, None, *of_tensors
+        return of_rows, None, None, None, *of_tensors
+
+
+def _parts(counts: list[int]) -> Iterable[tuple[slice, int]]:
+    """Of each expert: its rows, and the place of the first thing that was kept of it."""
+    start = place = 0
+    for count in counts:
+        yield slice(start, start + count), place
+        start, place = start + count, place + (9 if count else 0)
 
 
 def _experts(tensors: Sequence[torch.Tensor | None], settings: list) -> list[Expert]:
@@ -248,36 +274,60 @@ def _project(p: Projection, x: torch.Tensor, turned: torch.Tensor | None, out: t
     return y.addmm_(low, p.b.t(), alpha=p.scale), noise, low
 
 
-def _backward(expert: Expert, x, kept, grad, of_x: torch.Tensor | None, wanted) -> list[torch.Tensor | None]:
-    """Gradients of one expert's tensors as far as ``wanted``; that of x [M, H] goes into ``of_x``."""
+class Flow(NamedTuple):
+    """Gradients of one expert's gate(x) and up(x) [M, F], and of a(x) [M, R] of each projection with an adapter."""
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    low: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+def _flow_back(expert: Expert, kept, grad, of_x: torch.Tensor | None) -> Flow:
+    """What the gradients of one expert's tensors need; that of x [M, H] goes into ``of_x``."""
     gate, up, down = expert
-    g, u, activated, *low_rank = kept
-    hidden = activated * u if wanted[6] or down.a is not None else None
+    g, u, activated, gate_noise, _, up_noise, _, down_noise, _ = kept
     of_hidden = torch.mm(grad, down.weight)
-    of_down = _backward_projection(down, hidden, low_rank[4:], grad, of_hidden, wanted[6:])
+    low_down = _flow_through(down, down_noise, grad, of_hidden)
     if of_hidden.stride() != g.stride():  # as the products were laid out
         of_hidden = torch.empty_like(g).copy_(of_hidden)
     of_u = activated * of_hidden
     of_g = torch.ops.aten.silu_backward(of_hidden.mul_(u), g)
     if of_x is not None:
         torch.mm(of_g, gate.weight, out=of_x).addmm_(of_u, up.weight)
-    of_gate = _backward_projection(gate, x, low_rank[:2], of_g, of_x, wanted[:3])
-    of_up = _backward_projection(up, x, low_rank[2:4], of_u, of_x, wanted[3:6])
-    return [*of_gate, *of_up, *of_down]
+    low = _flow_through(gate, gate_noise, of_g, of_x), _flow_through(up, up_noise, of_u, of_x), low_down
+    return Flow(of_g, of_u, low)
 
 
-def _backward_projection(p: Projection, x, kept, grad, of_x: torch.Tensor | None, wanted) -> list[torch.Tensor | None]:
-    """Gradients of weight, a and b, as far as ``wanted``; what flows through the adapter is added to ``of_x``."""
-    of_weight = weight_gradient(grad, x) if wanted[0] else None
+def _flow_through(p: Projection, noise, grad, of_x: torch.Tensor | None) -> torch.Tensor | None:
+    """The gradient of a(x), and what flows on through the adapter, which is added to ``of_x``."""
     if p.a is None:
-        return [of_weight, None, None]
-    noise, low = kept
+        return None
     of_low = torch.mm(grad, p.b).mul_(p.scale)
-    of_a = torch.mm(of_low.t(), x if noise is None else x * noise) if wanted[1] else None
-    of_b = torch.mm(low.t(), grad).t().contiguous().mul_(p.scale) if wanted[2] else None
     if of_x is not None:
         if noise is None:
             of_x.addmm_(of_low, p.a)
         else:
             of_x.addcmul_(torch.mm(of_low, p.a), noise)
+    return of_low
+
+
+def _weigh(expert: Expert, x, kept, grad, flow: Flow, wanted) -> list[torch.Tensor | None]:
+    """Gradients of one expert's tensors, as far as ``wanted``."""
+    gate, up, down = expert
+    _, u, activated, *low_rank = kept
+    hidden = activated * u if wanted[6] or down.a is not None else None
+    of_gate = _weigh_projection(gate, x, low_rank[:2], flow.gate, flow.low[0], wanted[:3])
+    of_up = _weigh_projection(up, x, low_rank[2:4], flow.up, flow.low[1], wanted[3:6])
+    of_down = _weigh_projection(down, hidden, low_rank[4:], grad, flow.low[2], wanted[6:])
+    return [*of_gate, *of_up, *of_down]
+
+
+def _weigh_projection(p: Projection, x, kept, grad, of_low, wanted) -> list[torch.Tensor | None]:
+    """Gradients of weight, a and b, as far as ``wanted``."""
+    of_weight = weight_gradient(grad, x) if wanted[0] else None
+    if p.a is None:
+        return [of_weight, None, None]
+    noise, low = kept
+    of_a = torch.mm(of_low.t(), x if noise is None else x * noise) if wanted[1] else None
+    of_b = torch.mm(low.t(), grad).t().contiguous().mul_(p.scale) if wanted[2] else None
     return [of_weight, of_a, of_b]

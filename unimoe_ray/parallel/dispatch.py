@@ -3,15 +3,14 @@
 Each rank sends its rows sorted by the rank that holds their expert, then by expert. They arrive sorted by sender, then
 by expert; the experts want them by expert, then by sender. Nothing is padded or dropped.
 
-Only the counts travel while something else is done. Rows do not: between processes of one machine (gloo) their exchange
-is at most 5 % of the layer's CPU time (``benchmarks/expert_parallel.py``), so hiding it could save no more of that.
-Wall time over networks was not measured.
+The counts travel while rows are gathered, and the gradients of rows while those of the experts' weights are computed
+(``Traffic.send_gradients``). The other three exchanges of a layer have nothing beside them that does not wait for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -27,6 +26,7 @@ class Traffic:
     group: dist.ProcessGroup
     sent: list[int]
     received: list[list[int]]
+    _on_their_way: list[Callable[[], torch.Tensor]] = field(default_factory=list)
 
     @property
     def counts(self) -> list[int]:
@@ -35,18 +35,35 @@ class Traffic:
 
     def deliver(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [sum(sent), H] to the ranks of their experts: [sum(counts), H], by expert, then by sender."""
-        arrived = self._exchange(rows, self.sent, [sum(sizes) for sizes in self.received])
+        arrived = self._begin(rows, self.sent, [sum(sizes) for sizes in self.received])()
         return _swap_blocks(arrived, self.received)
 
     def give_back(self, rows: torch.Tensor) -> torch.Tensor:
         """What ``deliver`` did, undone: [sum(counts), H] to [sum(sent), H] on the ranks they came from."""
-        by_expert = [list(sizes) for sizes in zip(*self.received, strict=True)]
-        return self._exchange(_swap_blocks(rows, by_expert), [sum(sizes) for sizes in self.received], self.sent)
+        return self._begin_giving_back(rows)()
 
-    def _exchange(self, rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
-        arrived = rows.new_empty(sum(received), *rows.shape[1:])
-        dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=self.group)
-        return arrived
+    def send_gradients(self, rows: torch.Tensor) -> None:
+        """Begin ``give_back`` of the gradients of what was delivered; the backward pass of ``deliver`` waits for it.
+        ``rows`` must stay as they are until then."""
+        self._on_their_way.append(self._begin_giving_back(rows))
+
+    def gradients(self, rows: torch.Tensor) -> torch.Tensor:
+        """``give_back`` of gradients, as far as that has not begun."""
+        return self._on_their_way.pop()() if self._on_their_way else self.give_back(rows)
+
+    def _begin_giving_back(self, rows: torch.Tensor) -> Callable[[], torch.Tensor]:
+        by_expert = [list(sizes) for sizes in zip(*self.received, strict=True)]
+        return self._begin(_swap_blocks(rows, by_expert), [sum(sizes) for sizes in self.received], self.sent)
+
+    def _begin(self, rows: torch.Tensor, sent: list[int], received: list[int]) -> Callable[[], torch.Tensor]:
+        rows, arrived = rows.contiguous(), rows.new_empty(sum(received), *rows.shape[1:])
+        work = dist.all_to_all_single(arrived, rows, received, sent, group=self.group, async_op=True)
+
+        def end() -> torch.Tensor:
+            work.wait()
+            return arrived
+
+        return end
 
 
 def announce(counts: torch.Tensor, held: Sequence[int], group: dist.ProcessGroup) -> Callable[[], Traffic]:
@@ -96,7 +113,7 @@ class _Deliver(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.traffic.give_back(grad), None
+        return ctx.traffic.gradients(grad), None
 
 
 class _GiveBack(torch.autograd.Function):

@@ -79,7 +79,7 @@ class ExpertParallelFeedForward(SparseFeedForward):
         traffic = announced()
         outputs = deliver(rows, traffic)
         if self.experts:
-            outputs = run_experts(self.experts.values(), outputs, traffic.counts)
+            outputs = run_experts(self.experts.values(), outputs, traffic.counts, traffic.send_gradients)
         return combine(give_back(outputs, traffic), order, routing.weights), counts[self.position]
 
 
