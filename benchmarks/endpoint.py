@@ -2,6 +2,7 @@
 
     python benchmarks/endpoint.py               16 streams of 64 tokens, both models of serving.py
     python benchmarks/endpoint.py --throughput  with Serve's throughput mode (HAProxy and gRPC)
+    python benchmarks/endpoint.py --published   with encoders of the published model's sizes
     python benchmarks/endpoint.py --small       the small model, 4 streams, two rounds: does it run, are the texts equal
 
 ``endpoint`` is ``unimoe serve`` as users start it: proxy, ingress, encoders, language model, each in its process.
@@ -17,7 +18,8 @@ The tokenizer knows some hundred words and pieces; the vocabulary is filled up t
 logits are 0, which no answer has, so that a step costs the same.
 
 Media: a file (a JPEG of 640x480, 10 s of speech) is asked about, then once more with another question; the second finds
-its soft tokens in the cache. The encoders are the small towers of the preset mini, so a cache gains least here.
+its soft tokens in the cache. The encoders are the small towers of the preset mini, so a cache gains least here; or
+(``--published``) CLIP ViT-L/14 at 336 pixels and Whisper small, with random weights.
 The client shares the cores with what it measures.
 """
 
@@ -47,6 +49,7 @@ import psutil
 import torch
 from PIL import Image
 from serving import SIZES, VOCAB
+from transformers import CLIPVisionModel, WhisperModel
 
 from tests.ports import free_port
 from tests.serving.conftest import serve_run
@@ -55,6 +58,7 @@ from tests.tiny import make_servable_run, save_start
 from unimoe_ray import config as configuration
 from unimoe_ray.config import Config
 from unimoe_ray.data.tokenizer import end_token, load_tokenizer
+from unimoe_ray.towers import PUBLISHED_SIZES
 
 ROOT = Path(__file__).resolve().parent.parent
 NEW = 64
@@ -256,9 +260,19 @@ def wait_for(url: str, process: subprocess.Popen, seconds: float = 120) -> None:
             time.sleep(0.3)
 
 
-def make_run(folder: Path, size: str, serving: dict) -> Config:
+def published_towers(folder: Path) -> dict:
+    """Their settings."""
+    clip, whisper = CLIPVisionModel(PUBLISHED_SIZES["clip"]), WhisperModel(PUBLISHED_SIZES["whisper"])
+    towers = {"image": {"name": "clip"}, "speech": {"name": "whisper"}}
+    for network, tower in zip((clip, whisper), towers.values(), strict=True):
+        tower["path"] = str(folder / tower["name"])
+        network.save_pretrained(tower["path"])
+    return towers
+
+
+def make_run(folder: Path, size: str, serving: dict, towers: dict | None = None) -> Config:
     language = SIZES[size] | {"num_heads": 8, "num_kv_heads": 8, "max_positions": 1024}
-    run = make_servable_run(folder, model={"language": language}, serving=serving)
+    run = make_servable_run(folder, model={"language": language, "towers": towers or {}}, serving=serving)
     run.info = replace(run.info, vocab_size=VOCAB)
     tokenizer = load_tokenizer(run.tokenizer)
     torch.manual_seed(0)
@@ -324,6 +338,7 @@ def main() -> None:
     parser.add_argument(
         "--messages-per-s", type=float, help="of a stream, for both; the default of the engine if not given"
     )
+    parser.add_argument("--published", action="store_true")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--bare", nargs=2, metavar=("RUN", "PORT"), help="be the bare app, instead")
     args = parser.parse_args()
@@ -337,10 +352,16 @@ def main() -> None:
     if args.messages_per_s:
         serving["engine"] = {"messages_per_s": args.messages_per_s}
     record: dict = {"benchmark": "endpoint", "streams": args.streams, "rounds": args.rounds}
-    record |= {"throughput_mode": args.throughput, "load": os.getloadavg()[0], "sizes": {}}
+    record |= {
+        "throughput_mode": args.throughput,
+        "published_towers": args.published,
+        "load": os.getloadavg()[0],
+        "sizes": {},
+    }
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            settings = make_run(Path(folder), size, serving)
+            towers = published_towers(Path(folder)) if args.published else None
+            settings = make_run(Path(folder), size, serving, towers)
             found, cached, cpu = run_both(settings, args.streams, args.rounds)
         record["messages_per_s"] = settings.serving.engine.messages_per_s
         record["sizes"][size] = report(size, found, cached, cpu)

@@ -17,9 +17,9 @@ from unimoe_ray.data.features import TOWER_OF
 from unimoe_ray.data.samples import PreparedSample, write_samples
 from unimoe_ray.data.store import StoredFeatures, partition_dir, write_block
 from unimoe_ray.data.tokenizer import load_tokenizer, train_tokenizer
-from unimoe_ray.mini import source as mini
 from unimoe_ray.model.unimoe import UniMoE
 from unimoe_ray.pipeline import open_run
+from unimoe_ray.towers import load_towers
 from unimoe_ray.training.checkpoint import ModelInfo, checkpoint_dir, save_model
 from unimoe_ray.training.trainer import recipe
 
@@ -128,7 +128,7 @@ def make_servable_run(root: Path, **changes) -> TinyRun:
     """A run with a finished model of random weights behind towers of the real architectures, also random: it answers
     gibberish about real files, and differently about different ones."""
     config = tiny_config(root, **_merge({"mini": {"random_towers": True}}, changes))
-    towers = mini.towers(config)
+    towers = load_towers(config)
     tokenizer = config.run_dir / "tokenizer.json"
     with open_run(config):
         train_tokenizer(["what is this? a red circle"] * 3, VOCAB).save(str(tokenizer))
