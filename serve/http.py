@@ -21,7 +21,7 @@ from serve.chat import MB, Chat, Event, server_sent
 from serve.errors import ApiError
 from serve.keys import ApiKeys, Caller, Limits, admit
 from serve.openai_api import ChatRequest, model_object, parse_chat
-from serve.proxy import BODY
+from serve.proxy import BODY, SEED
 from serve.tracing import Tracer, traceparent
 from unimoe_ray import __version__
 from unimoe_ray.config.serving import LimitsConfig
@@ -104,7 +104,8 @@ def build_app(endpoint: Endpoint) -> FastAPI:
             task, files = await endpoint.chat.prepare(chat, _request_id(request))
             trace = traceparent(span)
             span.set_attributes({"request_id": task.request_id, "stream": chat.stream, "files": len(files)})
-            task = replace(task, priority=caller.rights.priority, trace=trace)
+            params = task.params if task.params.seed is not None else replace(task.params, seed=request.scope.get(SEED))
+            task = replace(task, params=params, priority=caller.rights.priority, trace=trace)
             files = [replace(file, trace=trace) for file in files]
             who = (f" key={caller.name!r}" if caller.name else "") + (f" user={chat.user!r}" if chat.user else "")
 

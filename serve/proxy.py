@@ -1,13 +1,14 @@
 """What clients see when the ingress itself goes: middleware of Serve's HTTP proxy.
 
 Set by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.proxy:middlewares. Alone, the proxy answers a request whose
-ingress replica died with a bare 500, and cuts a stream without a word.
+ingress replica died with a bare 500, and cuts a stream without a word. Throughput mode has another proxy, without this.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 from collections import deque
 from typing import Any
 
@@ -16,9 +17,9 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.errors import ApiError
+from serve.resume import OtherAnswerError, Rest, is_last
 
 MAX_TRIES = 3
-LAST_EVENT = b"data: [DONE]\n\n"
 # Headers by which a client would steer Serve itself: switch off its cancellation, set its time limit, choose replicas.
 STEERING = (
     *(b"x-request-disconnect-disabled", b"x-request-timeout-seconds"),
@@ -31,6 +32,8 @@ RETRY_AFTER_S = 2
 # for it, which costs both of them about a third of what a short question costs them.
 BODY = "unimoe_ray.body"
 MAX_INLINE_BYTES = 256 * 2**10
+# Key of the scope for what is drawn of an answer whose request names no seed: the same when it is answered again.
+SEED = "unimoe_ray.seed"
 # A body that takes longer is the ingress's to wait for, with its limits.
 INLINE_WAIT_S = 0.05
 
@@ -40,8 +43,9 @@ def middlewares() -> list[Middleware]:
 
 
 class SurviveIngress:
-    """A request that got no answer at all is sent again (nothing here has side effects); a stream that ends early ends
-    with an error event; errors in plain text, Serve's own, become errors as the OpenAI API writes them."""
+    """A request whose answer did not come to its end is sent again (nothing here has side effects); a stream then goes
+    on where it was, or ends with an error event. Errors in plain text, Serve's own, become errors as the OpenAI API
+    writes them."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -56,14 +60,13 @@ class SurviveIngress:
             for name, value in scope.get("headers", ())
             if name.lower().replace(b"_", b"-") not in STEERING
         ]
-        scope = dict(scope, headers=headers)
-        request = _Replayable(receive)
+        scope = dict(scope, headers=headers) | {SEED: secrets.randbits(63)}
+        request, answer = _Replayable(receive), _Answer(send)
         if _is_small(headers) and (body := await request.take_body()) is not None:
             scope[BODY] = body
         for _ in range(MAX_TRIES):
-            answer = _Answer(send)
             await self.app(scope, request.receive, answer.send)
-            if answer.started or not request.rewind():
+            if not answer.goes_on() or not request.rewind():
                 break
         if not request.disconnected:
             await answer.complete()
@@ -129,24 +132,61 @@ class _Answer:
         self.started = False
         self._ended = False
         self._told = False  # all that a stream has to say
+        self._sent: list[bytes] = []  # of a stream
+        self._size = 0
+        self._rest: Rest | None = None  # of a stream that is answered again
+        self._other = False  # what came then was something else
+
+    def goes_on(self) -> bool:
+        """Whether it is worth asking again; then what comes next is that answer."""
+        if not self.started:
+            return True
+        if self._ended or self._told or self._other or not self._is_stream or self._size > MAX_KEPT_BYTES:
+            return False
+        self._rest = Rest(b"".join(self._sent))
+        return True
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.started = True
             kind = Headers(raw=message["headers"]).get("content-type", "")
-            self._is_stream = kind.startswith("text/event-stream")
+            is_stream = kind.startswith("text/event-stream")
+            if self._rest is not None:
+                self._other |= not is_stream
+                return
+            self.started, self._is_stream = True, is_stream
             if message["status"] >= 400 and kind.startswith("text/plain"):
                 self._start = message
                 return
         elif message["type"] == "http.response.body":
+            if self._rest is not None:
+                message = self._new_of(self._rest, message)
+            if self._other:
+                return
+            body = message.get("body", b"")
             self._ended = not message.get("more_body", False)
-            self._told |= message.get("body", b"").endswith(LAST_EVENT)
+            self._told |= is_last(body)
             if self._start is not None:
-                self._text += message.get("body", b"")
+                self._text += body
                 if self._ended:
                     await self._write_error(self._start["status"], self._text.decode("utf-8", "replace")[:500])
                 return
+            if self._rest is not None and not body and not self._ended:
+                return
+            if self._is_stream:
+                self._size += len(body)
+                self._sent.append(body)
+                if self._size > MAX_KEPT_BYTES:
+                    self._sent.clear()
         await self._send(message)
+
+    def _new_of(self, rest: Rest, message: Message) -> Message:
+        if self._other:
+            return message
+        try:
+            return message | {"body": rest.of(message.get("body", b""))}
+        except OtherAnswerError:
+            self._other = True
+            return message
 
     async def complete(self) -> None:
         """Say what the ingress could not."""

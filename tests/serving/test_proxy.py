@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from serve.proxy import BODY, INLINE_WAIT_S, MAX_INLINE_BYTES, MAX_TRIES, SurviveIngress
+from serve.proxy import BODY, INLINE_WAIT_S, MAX_INLINE_BYTES, MAX_TRIES, SEED, SurviveIngress
 
 START = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
 
@@ -160,23 +160,100 @@ def test_a_client_that_left_is_not_asked_for():
     assert len(tries) == 1
 
 
-def test_a_stream_cut_short_ends_with_an_error_event():
-    async def app(scope, receive, send):
-        await send(START)
-        await send(body(b"data: 1\n\n", more=True))
+def chunk(content: str = "", name: str = "first", **choice) -> bytes:
+    """An event of an answer called ``name``."""
+    choice = {"index": 0, "delta": {"content": content}, "finish_reason": None} | choice
+    return f"data: {json.dumps({'id': name, 'created': len(name), 'choices': [choice]})}\n\n".encode()
 
-    *passed, last = ask(app)
-    assert passed == [START, body(b"data: 1\n\n", more=True)]
+
+END = chunk(delta={}, finish_reason="stop") + b"data: [DONE]\n\n"
+
+
+def streams(*answers: list[bytes], seeds: list | None = None):
+    """An app that says these events, try by try, and ends a stream only with its last event."""
+    left = iter(answers)
+
+    async def app(scope, receive, send):
+        if seeds is not None:
+            seeds.append(scope[SEED])
+        await send(START)
+        for events in (told := next(left)):
+            await send(body(events, more=True))
+        if told[-1].endswith(b"[DONE]\n\n"):
+            await send(body(b""))
+
+    return app
+
+
+def test_a_stream_goes_on_where_it_was():
+    """Whatever lies in one event the second time; as the answer that it began as, and drawn with the same seed."""
+    seeds = []
+    first = [chunk(delta={"role": "assistant", "content": ""}) + chunk("What "), chunk("ever ha")]
+    second = [chunk(delta={"role": "assistant", "content": ""}, name="second") + chunk("Wh", "second")]
+    second += [chunk("atever happ", "second") + chunk("en", "second"), END]
+    sent = ask(streams(first, [part.replace(b"atever", b"at ever") for part in second], seeds=seeds))
+    assert sent == [START, body(first[0], more=True), body(first[1], more=True), body(chunk("pp") + chunk("en"), True),
+                    body(END, True), body(b"")]  # fmt: skip
+    assert len(seeds) == 2 and seeds[0] == seeds[1]
+
+
+def test_a_stream_goes_on_more_than_once():
+    sent = ask(streams([chunk("a")], [chunk("ab")], [chunk("a"), chunk("bc"), END]))
+    assert [message.get("body") for message in sent] == [None, chunk("a"), chunk("b"), chunk("c"), END, b""]
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        [chunk("no")],  # another answer
+        [chunk("y"), END],  # a shorter one
+    ],
+)
+def test_a_stream_that_cannot_go_on_ends_with_an_error_event(second):
+    *passed, last = ask(streams([chunk("yes")], second, [chunk("yes"), END]))
+    assert passed == [START, body(chunk("yes"), more=True)]
     assert last["more_body"] is False and last["body"].startswith(b"data: ") and last["body"].endswith(b"\n\n")
     assert json.loads(last["body"][6:])["error"]["code"] == "replica_lost"
 
 
-def test_a_stream_cut_short_after_its_last_event_is_whole():
+def test_a_stream_that_is_refused_the_second_time_ends_with_an_error_event():
+    tries = []
+
+    async def app(scope, receive, send):
+        tries.append(1)
+        if len(tries) == 1:
+            await send(START)
+            await send(body(chunk("yes"), more=True))
+            return
+        await send({"type": "http.response.start", "status": 429, "headers": [(b"content-type", b"application/json")]})
+        await send(body(b"{}"))
+
+    *passed, last = ask(app)
+    assert passed == [START, body(chunk("yes"), more=True)] and len(tries) == 2
+    assert json.loads(last["body"][6:])["error"]["code"] == "replica_lost"
+
+
+def test_a_stream_that_breaks_off_each_time_ends_with_an_error_event():
+    *passed, last = ask(streams(*[[chunk("yes")]] * MAX_TRIES))
+    assert passed == [START, body(chunk("yes"), more=True)]
+    assert json.loads(last["body"][6:])["error"]["code"] == "replica_lost"
+
+
+@pytest.mark.parametrize("last", [b"data: [DONE]\n\n", b'data: {"error": {}}\n\n'])
+def test_a_stream_cut_short_after_its_last_event_is_whole(last):
     async def app(scope, receive, send):
         await send(START)
-        await send(body(b"data: 1\n\ndata: [DONE]\n\n", more=True))
+        await send(body(chunk("yes") * last.endswith(b"DONE]\n\n") + last, more=True))
 
-    assert ask(app) == [START, body(b"data: 1\n\ndata: [DONE]\n\n", more=True), body(b"", more=False)]
+    assert ask(app)[1:] == [body(chunk("yes") * last.endswith(b"DONE]\n\n") + last, more=True), body(b"", more=False)]
+
+
+def test_logprobs_that_are_known_are_not_told_again():
+    def told(*tokens: str) -> bytes:
+        return chunk("".join(tokens), logprobs={"content": [{"token": token} for token in tokens]})
+
+    sent = ask(streams([told("a", "b")], [told("a"), told("b", "c"), told("d"), END]))
+    assert [message.get("body") for message in sent[1:]] == [told("a", "b"), told("c"), told("d"), END, b""]
 
 
 @pytest.mark.parametrize(("status", "retry"), [(404, False), (503, True), (429, True)])

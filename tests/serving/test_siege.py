@@ -73,7 +73,7 @@ class Load:
 @pytest.mark.timeout(120 + 60 * KILLS)
 @pytest.mark.parametrize("deployment", ["language", "image", "ingress"])
 def test_kills_under_load(besieged, deployment):
-    """No wrong answer, none that hangs, and none lost but streams that an ingress took with it, which say so."""
+    """No wrong answer, none that hangs, none lost."""
     requests = requests_of()
     right = [listen(besieged, request) for request in requests]
     assert all(told.error is None and len(told.text) > 20 for told in right)
@@ -91,8 +91,7 @@ def test_kills_under_load(besieged, deployment):
         f"{len(failed)} broken off, longest {max(seconds for *_, seconds in whole):.1f} s"
     )
     assert all(told.same() == right[number].same() for number, told, _ in whole)
-    assert all("ingress ended" in error for error in failed)
-    assert len(failed) <= (CLIENTS * KILLS if deployment == "ingress" else 0)
+    assert failed == []
 
 
 def latency(endpoint: Endpoint, questions: int = 40) -> float:
