@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import requests
 import uvicorn
+from starlette.types import ASGIApp
 
 from serve.calls import Started
 from serve.chat import Chat
@@ -137,10 +138,11 @@ def serving(
     voice_as: str = "speech",
     unhealthy: str | None = None,
     clock: Callable[[], float] = time.monotonic,
+    around: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     **limits,
 ) -> Iterator[Site]:
     """The application on a port of its own. Without a ``script`` the runner gives ``ANSWER``. clock: of the keys'
-    limits."""
+    limits; around: what stands before the application."""
     config = ServingConfig.model_validate(
         {"limits": limits, "media_hosts": list(hosts), "api_keys_file": keys} | (rights or {})
     )
@@ -159,7 +161,7 @@ def serving(
         Endpoint(MODEL, chat, keys, rates, Tracer(None, "test"), config.limits, healthy, metrics, statuses.append)
     )
     options = {"log_config": None, "access_log": False, "lifespan": "off", "timeout_graceful_shutdown": 1}
-    server = uvicorn.Server(uvicorn.Config(app, **options))
+    server = uvicorn.Server(uvicorn.Config(around(app), **options))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
 from serve.proxy import BODY, INLINE_WAIT_S, MAX_INLINE_BYTES, MAX_TRIES, SEED, SurviveIngress
+from tests.serving.scripted import events_of, serving
 
 START = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
 
@@ -254,6 +257,38 @@ def test_logprobs_that_are_known_are_not_told_again():
 
     sent = ask(streams([told("a", "b")], [told("a"), told("b", "c"), told("d"), END]))
     assert [message.get("body") for message in sent[1:]] == [told("a", "b"), told("c"), told("d"), END, b""]
+
+
+class DiesOnce:
+    """An ingress whose first answer is cut after some messages."""
+
+    def __init__(self, app, messages: int):
+        self._app, self._left = app, messages
+
+    async def __call__(self, scope, receive, send) -> None:
+        dies = self._left > 0
+
+        async def send_some(message: dict) -> None:
+            self._left -= 1
+            if dies and self._left < 0:
+                raise ConnectionResetError
+            await send(message)
+
+        with suppress(ConnectionResetError):
+            await self._app(scope, receive, send_some)
+
+
+@pytest.mark.parametrize("messages", [1, 2, 3])
+def test_over_http_the_stream_of_a_dying_ingress_is_a_whole_one(messages):
+    """With logprobs and usage; what the model is asked the second time differs in its name alone."""
+    with serving(around=lambda app: SurviveIngress(DiesOnce(app, messages))) as site:
+        asked = {"stream": True, "logprobs": True, "stream_options": {"include_usage": True}}
+        (*cut, done), (*whole, _) = (events_of(site.chat(**asked)) for _ in range(2))
+    assert done == "[DONE]" and len({(event["id"], event["created"]) for event in cut}) == 1
+    assert [event | {"id": "", "created": 0} for event in cut] == [event | {"id": "", "created": 0} for event in whole]
+    first, second, other = (replace(task, request_id="") for task, _ in site.runner.tasks)
+    assert first == second and first.params.seed is not None
+    assert replace(other, params=first.params) == first and other.params.seed != first.params.seed
 
 
 @pytest.mark.parametrize(("status", "retry"), [(404, False), (503, True), (429, True)])
