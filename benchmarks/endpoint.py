@@ -153,7 +153,8 @@ async def listen(client: aiohttp.ClientSession, url: str, content: object) -> To
     }
     told, sent = Told(), time.perf_counter()
     async with client.post(f"{url}/v1/chat/completions", json=body) as reply:
-        reply.raise_for_status()
+        if reply.status != 200:
+            raise SystemExit(f"{url}: {await reply.text()}")
         async for line in reply.content:
             payload = line.decode().strip().removeprefix("data: ")
             if not payload or payload == "[DONE]":
@@ -271,7 +272,7 @@ def published_towers(folder: Path) -> dict:
 
 
 def make_run(folder: Path, size: str, serving: dict, towers: dict | None = None) -> Config:
-    language = SIZES[size] | {"num_heads": 8, "num_kv_heads": 8, "max_positions": 1024}
+    language = SIZES[size] | {"num_heads": 8, "num_kv_heads": 8, "max_positions": 2048 if towers else 1024}
     run = make_servable_run(folder, model={"language": language, "towers": towers or {}}, serving=serving)
     run.info = replace(run.info, vocab_size=VOCAB)
     tokenizer = load_tokenizer(run.tokenizer)
