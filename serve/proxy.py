@@ -28,8 +28,8 @@ STEERING = (
 # A larger request is not kept for a second try.
 MAX_KEPT_BYTES = 64 * 2**20
 RETRY_AFTER_S = 2
-# Key of the scope under which the ingress finds the whole body of a small request. Else it has to call the proxy back
-# for it, which costs both of them about a third of what a short question costs them.
+# Key of the scope under which the ingress finds the whole body of a small request. Else it calls the proxy back for it:
+# 3 ms, and a tenth of what a streamed answer costs both of them.
 BODY = "unimoe_ray.body"
 MAX_INLINE_BYTES = 256 * 2**10
 # Key of the scope for what is drawn of an answer whose request names no seed: the same when it is answered again.
