@@ -5,8 +5,8 @@ from window to window. Experts are placed on the loads of a window and stay for 
 balance and the traffic of the windows after it. How tokens are split over replicas moves nothing: our split follows the
 counts of the step itself, which whoever dispatches knows before anything is sent; a row beside it has the split of the
 window before. (In inference ``unimoe_ray.parallel.sharing`` does so for one sender: by load alone, as nodes make no
-difference there. Several senders would have to tell each other their counts first.) Prints a table and one JSON line, draws the
-trade-off of balance and traffic.
+difference there. Several senders would have to tell each other their counts first.) Prints a table and one JSON line,
+draws the trade-off of balance and traffic.
 
     python benchmarks/placement.py [FOLDER for placement.png and placement.md, default benchmarks/results]
 """

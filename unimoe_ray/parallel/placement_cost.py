@@ -1,8 +1,8 @@
 """What a placement costs: balance, traffic between nodes, seconds of a step, bytes to move. Pure functions.
 
-The model. A token goes to one replica of each of its K experts. Which one: every node sends parts of an expert's
-tokens to its replicas (``split``), chosen for given loads: to replicas on its own node first, as far as no rank gets more
-than its part of the balanced load, the rest to where there is room. A rank computes one token after another, all ranks
+The model. A token goes to one replica of each of its K experts. Which one: every node sends parts of an expert's tokens
+to its replicas (``split``), chosen for given loads: to replicas on its own node first, as far as no rank gets more than
+its part of the balanced load, the rest to where there is room. A rank computes one token after another, all ranks
 wait for the slowest, and dispatch and return take as long as for the rank with the most bytes on its links.
 """
 
