@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,8 @@ from unimoe_ray.data.sources import Placed
 from unimoe_ray.data.store import DamagedBlock, FeatureStore, StoredFeatures, blocks, mend, mended, write_block
 from unimoe_ray.errors import UnimoeError
 
-FORK = multiprocessing.get_context("fork")
+# Not forked: tests before this one leave threads and handlers of signals in this process.
+SPAWN = multiprocessing.get_context("spawn")
 BLOCK = 8
 
 
@@ -32,7 +32,7 @@ def start():
     started = []
 
     def begin(function, *arguments):
-        started.append(FORK.Process(target=function, args=arguments, daemon=True))
+        started.append(SPAWN.Process(target=function, args=arguments, daemon=True))
         started[-1].start()
         return started[-1]
 
@@ -54,10 +54,8 @@ class Work:
 
     def __init__(self, root: Path, paths: list[Path], log: Path, seconds: float, **data):
         config = tiny_config(root, data={"encode_batch": BLOCK, **data})
-        load, self.stop = partial(StandInTower, log, seconds), None
-        self.settings = EncodeSettings(
-            str(root / "features"), {"image": "tower"}, 2, config.data, lambda _: load(self.stop)
-        )
+        self.seconds, self.stop = seconds, None
+        self.settings = EncodeSettings(str(root / "features"), {"image": "tower"}, 2, config.data, self._tower)
         self.folder, self.todo, self.log = self.settings.partition("image"), root / "todo.arrow", log
         with Catalog(root / "catalog", 2**20) as catalog:
             for index, path in enumerate(paths):
@@ -65,10 +63,17 @@ class Work:
                 catalog.add("train", Placed(sample, "file", str(index), 0))
             self.blocks = write_todo(catalog, ["image"], self.settings, self.todo)
 
+    def _tower(self, _: str) -> StandInTower:
+        return StandInTower(self.log, self.seconds, self.stop)
+
     def encode(self, job: str, numbers: list[int]) -> list[dict]:
         """What an actor of the pipeline does."""
         actor = EncodeBlock(self.settings, str(self.todo), job, {"image": 0.0})
         return [row for n in numbers for row in actor(pa.table({"block": [n]})).to_pylist()]
+
+    def encode_beside(self, barrier, job: str) -> None:
+        barrier.wait(200)
+        self.encode(job, list(range(self.blocks)))
 
 
 def contents(folder: Path) -> dict[str, tuple]:
@@ -107,7 +112,8 @@ def test_two_jobs_with_other_blocks_share_the_work(tmp_path, start):
     first = Work(tmp_path, paths[: 5 * BLOCK], log, 0.01)
     first.todo = first.todo.rename(tmp_path / "first.arrow")
     second = Work(tmp_path, paths[3:], log, 0.01)
-    jobs = [start(work.encode, str(n), list(range(work.blocks))) for n, work in enumerate((first, second))]
+    barrier = SPAWN.Barrier(2)
+    jobs = [start(work.encode_beside, barrier, str(n)) for n, work in enumerate((first, second))]
     for job in jobs:
         job.join(200)
         assert job.exitcode == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +37,15 @@ def _write_many(folder: Path, run: str) -> None:
 
 
 def test_no_line_of_another_run_is_lost_meanwhile(tmp_path):
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        writing = pool.map_async(partial(_write_many, tmp_path), ["a", "b"])
-        while not writing.ready():
-            drop_after(tmp_path, "c", 0)
-            _append(tmp_path / METRICS, {"run": "c", "step": 1})
-        writing.get()
+    # Not forked: tests before this one leave threads and handlers of signals in this process.
+    spawn = multiprocessing.get_context("spawn")
+    writers = [spawn.Process(target=_write_many, args=(tmp_path, run), daemon=True) for run in "ab"]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        drop_after(tmp_path, "c", 0)
+        _append(tmp_path / METRICS, {"run": "c", "step": 1})
+    assert [writer.exitcode for writer in writers] == [0, 0]
     lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
     for run in "ab":
         assert [line["step"] for line in lines if line["run"] == run] == list(range(200))
