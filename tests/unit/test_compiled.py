@@ -1,6 +1,8 @@
 """What is compiled for experts against what torch does."""
 
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +10,18 @@ from torch import nn
 
 from unimoe_ray.kernels.library import library
 from unimoe_ray.model import compiled, moe
-from unimoe_ray.model.compiled import MAX_GRADIENT_ROWS, MAX_ROWS, mix_few_tokens, run_few_rows, weight_gradient
+from unimoe_ray.model.compiled import (
+    HUGE_BYTES,
+    MAX_GRADIENT_ROWS,
+    MAX_ROWS,
+    mix_few_tokens,
+    route_few_tokens,
+    run_few_rows,
+    weight_gradient,
+)
 from unimoe_ray.model.experts import SwiGLU, run_experts
 from unimoe_ray.model.moe import MoELayer
+from unimoe_ray.model.routing import mixing_weights
 
 SIZES = [(16, 32), (512, 1376), (37, 23), (3, 1)]  # those of vectors, and with rests
 
@@ -70,6 +81,53 @@ def test_all_rows(counts):
         assert not len(part) or relative_error(got, expert(part)) < 1e-6
 
 
+@pytest.mark.parametrize(("hidden", "experts", "top_k"), [(16, 1, 1), (512, 8, 2), (37, 5, 3), (3, 7, 7), (64, 300, 2)])
+def test_routing(hidden, experts, top_k):
+    torch.manual_seed(0)
+    gate, x = torch.randn(experts, hidden), torch.randn(MAX_ROWS, hidden)
+    chosen, weights, logits = route_few_tokens(x, gate, top_k)
+    assert relative_error(logits, x @ gate.t()) < 1e-6
+    wanted, indices = logits.topk(top_k)
+    assert torch.equal(chosen, indices) and relative_error(weights, mixing_weights(wanted)) < 1e-6
+    assert top_k != 2 or torch.equal(weights.sum(-1), torch.ones(MAX_ROWS))
+    for part in (slice(0, 1), slice(3, 10), slice(4, 4)):
+        alone = route_few_tokens(x[part], gate, top_k)
+        assert all(torch.equal(a, b[part]) for a, b in zip(alone, (chosen, weights, logits), strict=True))
+
+
+def test_routing_of_what_is_no_number():
+    """Goes somewhere, each expert once, and is seen in the weights."""
+    gate, x = torch.eye(4), torch.zeros(5, 4)
+    x[1, 2], x[2], x[3, 1], x[4, 0] = torch.nan, torch.nan, torch.inf, -torch.inf
+    chosen, weights, _ = route_few_tokens(x, gate, 3)
+    assert all(sorted(set(row)) == sorted(row) and min(row) >= 0 and max(row) < 4 for row in chosen.tolist())
+    assert weights[0].tolist() == pytest.approx([1 / 3] * 3) and weights[1:4].isnan().any(-1).all()
+
+
+def test_what_is_routed_by_torch():
+    gate, x = torch.randn(4, 16), torch.randn(MAX_ROWS + 1, 16)
+    assert route_few_tokens(x, gate, 2) is None and route_few_tokens(x[:2], gate, 2)
+    assert route_few_tokens(x[:2].bfloat16(), gate, 2) is None and route_few_tokens(x[:2], gate.double(), 2) is None
+    with torch.enable_grad():
+        assert route_few_tokens(x[:2], gate, 2) is None
+
+
+def huge_kilobytes() -> int:
+    return sum(map(int, re.findall(r"AnonHugePages: +(\d+) kB", Path("/proc/self/smaps").read_text())))
+
+
+def test_large_weights_move_to_huge_pages_and_stay_as_they_are():
+    torch.manual_seed(0)
+    layer, x = MoELayer(512, 1376, 4, 2), torch.randn(MAX_ROWS, 512)
+    assert layer.experts[0].up_proj.weight.nbytes >= HUGE_BYTES
+    copies, before = [p.clone() for p in layer.parameters()], huge_kilobytes()
+    found = layer(x)[0]
+    if huge_kilobytes() == before:
+        pytest.skip("this system moves no memory to huge pages (Linux 6.1 and later do)")
+    assert huge_kilobytes() - before >= 0.5 * sum(p.nbytes for p in layer.experts.parameters()) / 1024
+    assert all(map(torch.equal, layer.parameters(), copies)) and torch.equal(layer(x)[0], found)
+
+
 @pytest.mark.parametrize(("hidden", "inner"), SIZES)
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_a_layer(hidden, inner, top_k, threads, monkeypatch):
@@ -97,7 +155,7 @@ def test_a_token_has_the_same_bits_in_any_company(hidden, inner):
     torch.manual_seed(0)
     experts = dict(enumerate(weights_of(SwiGLU(hidden, inner)) for _ in range(5)))
     x, shares = torch.randn(MAX_ROWS, hidden), torch.rand(MAX_ROWS, 2)
-    chosen = torch.rand(MAX_ROWS, 5).topk(2).indices  # given: the router's own product has no such property
+    chosen = torch.rand(MAX_ROWS, 5).topk(2).indices
     together, _ = mix_few_tokens(experts, 5, x, chosen, shares)
     before = torch.get_num_threads()
     try:

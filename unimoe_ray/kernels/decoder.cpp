@@ -21,6 +21,7 @@
 #include <omp.h>
 #include <sys/mman.h>
 
+#include "routing.h"
 #include "vectors.h"
 
 #if defined(__AVX512F__)
@@ -288,24 +289,6 @@ static void rotate(const float *x, const float *cos, const float *sin, long D, C
         assign(out[i], a * cos[i] - b * sin[i]);
         assign(out[i + half], b * cos[i + half] + a * sin[i + half]);
     }
-}
-
-// The largest K of E logits, best first, and softmax over them.
-static void choose(const float *logits, int E, int K, int32_t *experts, float *weights) {
-    for (int k = 0; k < K; k++) {
-        int best = -1;
-        for (int e = 0; e < E; e++) {
-            bool taken = false;
-            for (int other = 0; other < k; other++) taken |= experts[other] == e;
-            // NaN is above all, as in torch.topk
-            if (!taken && (best < 0 || logits[e] > logits[best] || (std::isnan(logits[e]) && !std::isnan(logits[best]))))
-                best = e;
-        }
-        experts[k] = best;
-    }
-    float total = 0;
-    for (int k = 0; k < K; k++) total += weights[k] = std::exp(logits[experts[k]] - logits[experts[0]]);
-    for (int k = 0; k < K; k++) weights[k] /= total;
 }
 
 struct Scratch {

@@ -21,12 +21,33 @@ MAX_ROWS = 12
 # Rows up to which the gradient of a weight is made faster: 1.1 times at 128, 2 times at 16; with 256 as fast.
 MAX_GRADIENT_ROWS = 256
 
+# Weights of so many bytes are worth huge pages, and where those lie that have been moved there.
+HUGE_BYTES = 1 << 20
+_moved: set[int] = set()
+
 # gate [F, H], up [F, H], down [H, F]
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class _Experts(Structure):
     _fields_ = [("weights", POINTER(c_void_p)), *((name, c_int64) for name in ("number", "hidden", "inner"))]
+
+
+def route_few_tokens(
+    tokens: torch.Tensor, gate: torch.Tensor, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Tokens [T, H], at most ``MAX_ROWS``, by a router ``gate`` [E, H]: the experts chosen [T, K] int64, best first,
+    their weights [T, K] and the logits [T, E]. None where that is up to torch, or with gradients."""
+    (length, hidden), number = tokens.shape, len(gate)
+    if length > MAX_ROWS or torch.is_grad_enabled() or _traced() or not _is_plain(tokens) or not _is_plain(gate):
+        return None
+    if _kernels() is None:
+        return None
+    chosen, weights = torch.empty(length, top_k, dtype=torch.int64), tokens.new_empty(length, top_k)
+    logits = tokens.new_empty(length, number)
+    sizes, results = map(c_int64, (number, hidden, top_k)), map(_address, (chosen, weights, logits))
+    _kernels().route(_address(gate), *sizes, _address(tokens), c_int64(length), *results)
+    return chosen, weights, logits
 
 
 def run_few_rows(experts: Sequence[Weights], rows: torch.Tensor, counts: Sequence[int], outputs: torch.Tensor) -> bool:
@@ -65,6 +86,9 @@ def mix_few_tokens(
     found = _read(experts, num_experts, tokens)
     if found is None:
         return None
+    for expert in experts.values():
+        if expert[0].data_ptr() not in _moved:
+            _want_huge_pages(expert)
     chosen, weights = chosen.contiguous(), weights.to(tokens.dtype).contiguous()
     (length, top_k), mixed = chosen.shape, torch.empty_like(tokens)
     counts = chosen.new_empty(num_experts)
@@ -122,10 +146,18 @@ def _read(experts: dict[int, Weights], number: int, rows: torch.Tensor) -> _Expe
     shapes = [(inner, hidden), (inner, hidden), (hidden, inner)]
     addresses = (c_void_p * (3 * number))()
     for index, expert in experts.items():
-        if [weight.shape for weight in expert] != shapes or not all(map(_is_plain, expert)):
-            return None
-        addresses[3 * index : 3 * index + 3] = [weight.data_ptr() for weight in expert]
+        for place, (weight, shape) in enumerate(zip(expert, shapes, strict=True), 3 * index):
+            if not _is_plain(weight) or weight.shape != shape:
+                return None
+            addresses[place] = weight.data_ptr()
     return _Experts(addresses, number, hidden, inner) if _kernels() else None
+
+
+def _want_huge_pages(expert: Weights) -> None:
+    _moved.add(expert[0].data_ptr())
+    for weight in expert:
+        if weight.nbytes >= HUGE_BYTES:
+            _kernels().want_huge_pages(_address(weight), c_int64(weight.nbytes))
 
 
 def _traced() -> bool:
@@ -139,7 +171,13 @@ def _is_fp32(tensor: torch.Tensor) -> bool:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    return _is_fp32(tensor) and tensor.is_contiguous()
+    kind = type(tensor)
+    return (
+        (kind is nn.Parameter or kind is torch.Tensor)
+        and tensor.dtype is torch.float32
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+    )
 
 
 def _address(tensor: torch.Tensor) -> c_void_p:
@@ -157,7 +195,7 @@ def _kernels() -> CDLL | None:
     except KernelUnavailable as reason:
         logger.warning("experts without their compiled kernel, slower: %s", reason)
         return None
-    for function in (kernels.run_experts, kernels.mix, kernels.weight_gradient, kernels.combine_gradients):
-        function.restype = None
+    for name in ("route", "run_experts", "mix", "weight_gradient", "combine_gradients", "want_huge_pages"):
+        kernels[name].restype = None
     kernels.gradient_scratch.restype = c_int64
     return kernels

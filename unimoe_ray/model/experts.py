@@ -109,11 +109,29 @@ def mix_directly(
     [T, H], and the rows of each expert [E] int64. None where this takes the whole way, by ``run_experts``."""
     if len(tokens) > MAX_ROWS or torch.is_grad_enabled() or not tokens.is_cpu or torch.is_autocast_enabled("cpu"):
         return None
-    found = {index: _read(experts[index]) for index in {e for row in chosen.tolist() for e in row}}
-    plain = {index: expert and _plain(expert) for index, expert in found.items()}
-    if not all(plain.values()) or torch_module._has_any_global_hook():
+    modules = list(experts)
+    found = {index: _plain_weights(modules[index]) for index in {e for row in chosen.tolist() for e in row}}
+    if not all(found.values()) or torch_module._has_any_global_hook():
         return None
-    return mix_few_tokens(plain, len(experts), tokens, chosen, weights)
+    return mix_few_tokens(found, len(modules), tokens, chosen, weights)
+
+
+def _plain_weights(expert: nn.Module) -> Weights | None:
+    """As ``_plain(_read(expert))``, by the shortest way: a token waits for it, with the caches full of weights."""
+    if type(expert) is not SwiGLU or _hooked(expert):
+        return None
+    modules = expert._modules
+    gate, up, down = modules["gate_proj"], modules["up_proj"], modules["down_proj"]
+    gate, up, down = _plain_weight(gate), _plain_weight(up), _plain_weight(down)
+    return None if gate is None or up is None or down is None else (gate, up, down)
+
+
+def _plain_weight(module: nn.Module) -> torch.Tensor | None:
+    if type(module) is nn.Linear and not _hooked(module):
+        parameters = module._parameters
+        return parameters["weight"] if parameters["bias"] is None else None
+    read = _read_projection(module)
+    return read.weight if read and read.a is None else None
 
 
 def _plain(expert: Expert) -> Weights | None:

@@ -13,6 +13,8 @@ from functools import cached_property
 import torch
 from torch.nn import functional as F
 
+from unimoe_ray.model.compiled import route_few_tokens
+
 
 @dataclass
 class Routing:
@@ -28,6 +30,9 @@ class Routing:
 
 def route(tokens: torch.Tensor, gate: torch.Tensor, top_k: int) -> Routing:
     """``tokens`` [T, H] by a router ``gate`` [E, H]."""
+    few = route_few_tokens(tokens, gate, top_k)
+    if few is not None:
+        return Routing(*few)
     with torch.autocast(tokens.device.type, enabled=False):  # it would route in bf16
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         logits = F.linear(tokens.to(dtype), gate.to(dtype))
