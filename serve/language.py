@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve")
 METRICS_INTERVAL_S = 1.0
+# Characters that take less time to encode than it takes to hand them to a thread and back.
+SHORT = 2000
 
 
 class LanguageModel:
@@ -82,8 +85,10 @@ class LanguageModel:
 
     async def _generate(self, task: Task, soft_tokens: Sequence[np.ndarray]) -> AsyncIterator[Told]:
         sample = Sample("", "", task.turns, tuple(Media(kind, ()) for kind in task.kinds), {})
-        # Not in the event loop: a long text takes seconds, in which no health check would be answered.
-        ids, note = await asyncio.to_thread(self._encode, sample, soft_tokens, task.params.max_new_tokens or 1)
+        encode = partial(self._encode, sample, soft_tokens, task.params.max_new_tokens or 1)
+        is_short = sum(len(text) for turn in task.turns for text in turn) <= SHORT
+        # A long text takes seconds, in which the event loop would answer no health check.
+        ids, note = encode() if is_short else await asyncio.to_thread(encode)
         files = list(soft_tokens[len(soft_tokens) - sum(token < 0 for token in ids) :])
         request = GenerationRequest(task.request_id, ids, files, task.params, task.trial, task.generated, task.priority)
         tokens, ended = 0, False
