@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.test_engine import MODEL, NEW, TOKENIZER, config, make_request, offline, tokens_of
 from unimoe_ray.inference import async_engine
-from unimoe_ray.inference.async_engine import AsyncEngine
+from unimoe_ray.inference.async_engine import OFTEN, AsyncEngine
 from unimoe_ray.inference.engine import Engine
 from unimoe_ray.inference.request import Admitted, EngineBusy, EngineStopped, GenerationRequest, Output
 
@@ -85,6 +85,18 @@ def test_tokens_without_a_text_wait_for_the_one_that_has_it():
     assert told(0.14, "", "length") == [("", (14,))] and not thread._held
     assert told(0.00, "") == [] and told(0.11, "") == [("", (0, 11))]
     assert told(0.12, "e") == [("e", (12,))]
+
+
+@pytest.mark.parametrize(("streams", "interval"), [(1, 0.1), (OFTEN, 0.1), (2 * OFTEN, 0.2), (100 * OFTEN, 0.25)])
+def test_the_more_streams_the_fewer_messages_of_each(streams, interval):
+    thread = SimpleNamespace(engine=SimpleNamespace(config=config(messages_per_s=10)), _held={})
+
+    def told(at: float, end: str | None = None) -> int:
+        return len(AsyncEngine._due(thread, [Output(f"{i}", "a", (1,), finish_reason=end) for i in range(streams)], at))
+
+    assert told(0.0) == streams  # the first text, at once
+    assert told(interval - 0.01) == 0 and told(interval + 0.01) == streams
+    assert told(interval + 0.02, "stop") == streams
 
 
 def test_a_caller_who_leaves_frees_the_slot(monkeypatch):
