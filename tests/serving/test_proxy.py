@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 from contextlib import suppress
 from dataclasses import replace
 
 import pytest
+from ray.serve._private.common import StreamingHTTPRequest
+from ray.serve._private.http_util import ASGIReceiveProxy
 
+from serve.ingress import expect_no_more
 from serve.proxy import BODY, INLINE_WAIT_S, MAX_INLINE_BYTES, MAX_TRIES, SEED, SurviveIngress
 from tests.serving.scripted import events_of, serving
 
@@ -107,6 +111,32 @@ def test_a_small_body_that_is_there_goes_with_the_headers(messages, length, take
     assert ask(app, *messages, headers=((b"content-length", length),)) == ([] if left else [START, body(b"answer")])
     assert tries == [taken] * (1 if left else 2)
     assert seen == ([] if taken else [b""] if left else [b"one two"] * 2)
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_the_ingress_asks_for_more_only_when_there_may_be_more(inline):
+    """As a replica of Serve does when a request begins. Nothing of it is left when it ends."""
+    asked = []
+
+    async def more(metadata) -> bytes:
+        asked.append(metadata)
+        return pickle.dumps([{"type": "http.disconnect"}])
+
+    async def main() -> None:
+        scope = {"type": "http"} | ({BODY: b"whole"} if inline else {})
+        request = StreamingHTTPRequest(scope, receive_asgi_messages=more)
+        task = asyncio.create_task(
+            ASGIReceiveProxy(scope, None, request.receive_asgi_messages).fetch_until_disconnect()
+        )
+        await asyncio.sleep(0.01)
+        assert task.done() is not inline and asked == ([] if inline else [None])
+        task.cancel()
+        await asyncio.wait({task}, timeout=1)
+        assert task.done()
+
+    for _ in range(2):
+        expect_no_more()
+    asyncio.run(main())
 
 
 def test_a_body_that_takes_its_time_is_the_apps_to_wait_for():
