@@ -32,6 +32,8 @@ RETRY_AFTER_S = 2
 # 3 ms, and a tenth of what a streamed answer costs both of them.
 BODY = "unimoe_ray.body"
 MAX_INLINE_BYTES = 256 * 2**10
+# By this version of ASGI, Starlette does not listen for the client's leaving beside the answer: Serve cancels that.
+WITHOUT_LISTENING = {"version": "3.0", "spec_version": "2.4"}
 # Key of the scope for what is drawn of an answer whose request names no seed: the same when it is answered again.
 SEED = "unimoe_ray.seed"
 # A body that takes longer is the ingress's to wait for, with its limits.
@@ -63,7 +65,7 @@ class SurviveIngress:
         scope = dict(scope, headers=headers) | {SEED: secrets.randbits(63)}
         request, answer = _Replayable(receive), _Answer(send)
         if _is_small(headers) and (body := await request.take_body()) is not None:
-            scope[BODY] = body
+            scope |= {BODY: body, "asgi": WITHOUT_LISTENING}
         for _ in range(MAX_TRIES):
             await self.app(scope, request.receive, answer.send)
             if not answer.goes_on() or not request.rewind():

@@ -99,7 +99,8 @@ class Relay:
         by_reference: dict[str, Any] = {"_by_reference": True}
         self._encoders = {kind: handle.options(**by_reference) for kind, handle in encoders.items()}
         self._language = language.options(stream=True, **by_reference)
-        self._language_by_value = language.options(stream=True, _by_reference=False)
+        plain = {"request_serialization": "pickle", "response_serialization": "pickle"}  # quicker than cloudpickle
+        self._language_by_value = language.options(stream=True, _by_reference=False, **plain)
         self._affinity = affinity
         self._fallback, self._fallback_s = language.options(**by_reference), fallback_s
         self._fingerprint = fingerprint
