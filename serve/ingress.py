@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 from functools import cache
 
@@ -107,10 +106,6 @@ class Ingress:
             retry_after_s=self._config.limits.retry_after_s,
             metrics=self._metrics,
         )
-        # What was imported stays, and of what a request makes next to nothing is a cycle: 5 % of this process's work.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(20_000, 20, 50)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         chat = Chat(self._relay, self._config, self._model, self._voice_as, self._metrics)
