@@ -66,8 +66,8 @@ class SharedLimits:
 @cache
 def expect_no_more() -> None:
     """Of a request that came with its body there is nothing more to receive. Serve would ask its proxy for the next
-    message all the same, a call between actors that costs both of them more than 1 ms of CPU time, only to hear that
-    the client has left; whereupon Serve cancels the request anyway."""
+    message all the same, a call between actors that costs each of them 1 ms of CPU time, only to hear that the client
+    has left; whereupon Serve cancels the request anyway."""
     asked = StreamingHTTPRequest.receive_asgi_messages
 
     async def nothing(metadata: RequestMetadata) -> None:

@@ -41,7 +41,7 @@ def route_few_tokens(
     (length, hidden), number = tokens.shape, len(gate)
     if length > MAX_ROWS or torch.is_grad_enabled() or _traced() or not _is_plain(tokens) or not _is_plain(gate):
         return None
-    if _kernels() is None:
+    if gate.shape != (number, hidden) or not 1 <= top_k <= number or _kernels() is None:
         return None
     chosen, weights = torch.empty(length, top_k, dtype=torch.int64), tokens.new_empty(length, top_k)
     logits = tokens.new_empty(length, number)
