@@ -171,13 +171,7 @@ def _is_fp32(tensor: torch.Tensor) -> bool:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    kind = type(tensor)
-    return (
-        (kind is nn.Parameter or kind is torch.Tensor)
-        and tensor.dtype is torch.float32
-        and tensor.is_cpu
-        and tensor.is_contiguous()
-    )
+    return _is_fp32(tensor) and tensor.is_contiguous()
 
 
 def _address(tensor: torch.Tensor) -> c_void_p:
