@@ -183,7 +183,7 @@ class Chat:
     async def _read(self, part: MediaPart) -> MediaFile:
         try:
             if part.base64 is not None:
-                data = await asyncio.to_thread(decode_base64, part.base64, self._fetch.max_bytes)
+                data = decode_base64(part.base64, self._fetch.max_bytes)
             else:
                 data = await read_media(part.url, self._fetch)
         except RefusedMedia as error:

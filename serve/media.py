@@ -6,7 +6,6 @@ Light on purpose: it runs in the HTTP ingress, where neither torch nor the model
 from __future__ import annotations
 
 import asyncio
-import binascii
 import re
 import socket
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 import aiohttp
+import pybase64
 from aiohttp.abc import ResolveResult
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL  # aiohttp's own: no second parser that could read a URL in another way
@@ -93,7 +93,7 @@ def decode_base64(text: str, max_bytes: int, start: int = 0) -> bytes:
     if length % 4:
         raise RefusedMedia(f"{length} characters of base64, not a multiple of 4: it is cut off or lacks its padding")
     try:
-        return binascii.a2b_base64(text[start:], strict_mode=True)
+        return pybase64.b64decode(text[start:], validate=True)
     except ValueError:
         raise RefusedMedia("malformed base64: only A-Z a-z 0-9 + / and final = are allowed, no line breaks") from None
 

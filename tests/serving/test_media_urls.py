@@ -53,7 +53,7 @@ def test_data_urls_are_decoded(start):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.binary(min_size=1, max_size=70))
+@given(st.binary(min_size=1, max_size=2000))
 def test_base64_is_decoded_up_to_the_exact_limit(content):
     text = base64.b64encode(content).decode()
     assert decode_base64(text, len(content)) == content
@@ -73,6 +73,7 @@ def test_base64_is_decoded_up_to_the_exact_limit(content):
         ("QQ==QUJD", "malformed base64"),
         ("Q===", "malformed base64"),
         ("====", "malformed base64"),
+        ("QUJD====", "malformed base64"),
         ("=QUJ", "malformed base64"),
         ("-_-_", "malformed base64"),
         ("QU!D", "malformed base64"),
@@ -91,6 +92,15 @@ def test_malformed_base64_is_refused(text, message):
         decode_base64(text, 1000)
     with refused(message):
         decode_data_url("data:image/png;base64," + text, 1000)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(min_size=400, max_size=2000), st.floats(0, 1, exclude_max=True), st.sampled_from("=-_ \n\0.~\x80é"))
+def test_one_wrong_character_anywhere_in_a_long_text_is_found(content, place, character):
+    text = base64.b64encode(content[: len(content) // 3 * 3]).decode()
+    at = int(place * (len(text) - 2))  # not where padding may be
+    with refused("malformed base64"):
+        decode_base64(text[:at] + character + text[at + 1 :], 2000)
 
 
 @pytest.mark.parametrize(
