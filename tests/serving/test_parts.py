@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,6 +56,29 @@ def test_a_lost_value_is_dropped_but_not_its_successor():
     assert cache.get("a") is successor
     cache.drop("a", successor)
     assert cache.get("a") is None
+
+
+def test_an_array_is_kept_as_long_as_its_entry():
+    cache: EmbeddingCache[object] = EmbeddingCache(100)
+    lost, successor, array = object(), object(), np.zeros(3)
+    cache.put("a", successor)
+    cache.keep("a", lost, np.ones(3))
+    assert cache.value("a") is None and cache.value("b") is None
+    cache.keep("a", successor, array)
+    assert cache.value("a") is array
+    cache.put("a", lost)
+    assert cache.value("a") is None, "what is encoded again is another array"
+
+
+def test_what_is_put_or_dropped_twice_counts_once():
+    cache: EmbeddingCache[str] = EmbeddingCache(100)
+    for size in (40, 60, 20):
+        cache.put("a", "A")
+        cache.measured("a", size)
+        assert cache.nbytes == size
+    for _ in range(2):
+        cache.drop("a", "A")
+    assert cache.nbytes == 0
 
 
 def test_a_cache_of_no_bytes_keeps_nothing():

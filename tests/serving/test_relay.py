@@ -76,9 +76,10 @@ class Language:
 
 @dataclass
 class Encoder:
-    """Gives soft tokens of a size."""
+    """Gives soft tokens of a size. reads: how often somebody fetched them here."""
 
     nbytes: int
+    reads: int = 0
 
     def options(self, **options) -> Encoder:
         return self
@@ -88,13 +89,15 @@ class Encoder:
         return self
 
     def remote(self, file: MediaFile) -> Encoder.Response:
-        return Encoder.Response(np.zeros(self.nbytes, np.uint8))
+        return Encoder.Response(self, np.zeros(self.nbytes, np.uint8))
 
     @dataclass(eq=False)
     class Response:
+        encoder: Encoder
         values: np.ndarray
 
         def __await__(self) -> Iterator:
+            self.encoder.reads += 1
             yield from asyncio.sleep(0).__await__()
             return self.values
 
@@ -243,13 +246,15 @@ def test_what_is_small_and_known_to_be_so_travels_by_value():
         assert is_whole(asyncio.run(heard(make_relay(language), make_task("?" * characters))))
     assert language.ways == [("value",), ("reference",)]
 
-    async def ask_twice(nbytes: int) -> list:
-        language = Language(sizes=(nbytes,))
-        relay, picture = make_relay(language, Encoder(nbytes)), MediaFile("image", b"picture", "picture")
-        for _ in range(2):
+    async def ask(nbytes: int) -> tuple[list, list]:
+        language, encoder = Language(sizes=(nbytes,)), Encoder(nbytes)
+        relay, picture = make_relay(language, encoder), MediaFile("image", b"picture", "picture")
+        reads = []
+        for _ in range(3):
             await heard(relay, make_task(), picture)
-        return language.ways
+            reads.append(encoder.reads)
+        return language.ways, reads
 
-    by_reference = ("reference", Encoder.Response)
-    assert asyncio.run(ask_twice(MAX_VALUE_BYTES)) == [by_reference, ("value", np.ndarray)]
-    assert asyncio.run(ask_twice(MAX_VALUE_BYTES + 1)) == [by_reference] * 2
+    by_reference, by_value = ("reference", Encoder.Response), ("value", np.ndarray)
+    assert asyncio.run(ask(MAX_VALUE_BYTES)) == ([by_reference, by_value, by_value], [1, 1, 1])
+    assert asyncio.run(ask(MAX_VALUE_BYTES + 1)) == ([by_reference] * 3, [0, 0, 0])
