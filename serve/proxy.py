@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import time
 from collections import deque
 from typing import Any
 
@@ -31,7 +32,7 @@ RETRY_AFTER_S = 2
 # Key of the scope under which the ingress finds the whole body of a small request. Else it calls the proxy back for it:
 # 3 ms, and a tenth of what a streamed answer costs both of them.
 BODY = "unimoe_ray.body"
-MAX_INLINE_BYTES = 256 * 2**10
+MAX_INLINE_BYTES = 2**20  # of the 4 MiB that a message over gRPC may have
 # By this version of ASGI, Starlette does not listen for the client's leaving beside the answer: Serve cancels that.
 WITHOUT_LISTENING = {"version": "3.0", "spec_version": "2.4"}
 # Key of the scope for what is drawn of an answer whose request names no seed: the same when it is answered again.
@@ -84,32 +85,39 @@ class _Replayable:
 
     def __init__(self, receive: Receive):
         self._receive = receive
-        self._first: asyncio.Future[Message] | None = None
+        self._next: asyncio.Future[Message] | None = None
         self._kept: list[Message] = []
         self._again: deque[Message] = deque()
         self._size = 0
         self.disconnected = False
 
     async def take_body(self) -> bytes | None:
-        """The body, which is no message to be read then, if it is all in the first message and that is there soon."""
-        self._first = asyncio.ensure_future(self._receive())
-        done, _ = await asyncio.wait({self._first}, timeout=INLINE_WAIT_S)
-        if not done:
-            return None
-        message = self._first.result()
-        if message["type"] != "http.request" or message.get("more_body", False):
-            return None
-        self._first = None
-        return message.get("body", b"")
+        """The body, which is no message to be read then, if all of it is there soon."""
+        end, parts = time.monotonic() + INLINE_WAIT_S, []
+        while True:
+            self._next = asyncio.ensure_future(self._receive())
+            done, _ = await asyncio.wait({self._next}, timeout=max(0.0, end - time.monotonic()))
+            if not done or self._next.result()["type"] != "http.request":
+                break
+            message = await self._read_next()
+            parts.append(message.get("body", b""))
+            if not message.get("more_body", False):
+                self._kept, self._size = [], 0
+                return b"".join(parts)
+        self.rewind()
+        return None
 
     async def receive(self) -> Message:
         if self._again:
             return self._again.popleft()
-        if self._first is None:
+        return await self._read_next()
+
+    async def _read_next(self) -> Message:
+        if self._next is None:
             message = await self._receive()
         else:  # Serve cancels whoever waits here; the next one must not find it cancelled.
-            message = await asyncio.shield(self._first)
-            self._first = None
+            message = await asyncio.shield(self._next)
+            self._next = None
         if message["type"] == "http.disconnect":
             self.disconnected = True
         else:
