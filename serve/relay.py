@@ -198,7 +198,7 @@ class Relay:
         return [await self._read(key, response) for key, response in zip(keys, encoded, strict=True)]
 
     async def _read(self, key: str, response: DeploymentResponse) -> np.ndarray:
-        """Small soft tokens, which are kept: to fetch them again takes a twentieth of the time to the first token."""
+        """Small soft tokens, which are kept: to fetch them takes .4 ms, even of what is in this process."""
         value = self._cache.value(key)
         if value is None:
             value = await response
