@@ -20,6 +20,7 @@ from serve.chat import Chat
 from serve.http import Endpoint, build_app
 from serve.keys import ApiKeys, Buckets, Caller
 from serve.metrics import IngressMetrics, cluster_metrics
+from serve.priority import give_way
 from serve.proxy import BODY
 from serve.relay import Relay
 from serve.tracing import Tracer
@@ -91,6 +92,7 @@ class Ingress:
         encoders: dict[str, DeploymentHandle],
         language: DeploymentHandle,
     ):
+        give_way()
         expect_no_more()
         self._config = ServingConfig.model_validate(settings)
         self._model, self._voice_as, self._language = model, voice_as, language

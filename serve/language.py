@@ -17,6 +17,7 @@ import torch
 from serve import experts
 from serve.calls import MediaFile, Started, Task, Told
 from serve.metrics import LanguageMetrics
+from serve.priority import give_way
 from serve.tracing import Tracer
 from unimoe_ray.config import parse
 from unimoe_ray.data.features import TOWER_OF
@@ -163,7 +164,11 @@ class LanguageModel:
         """The backend belongs to the event loop of requests, in which the constructor does not run."""
         if self._backend is None:
             engine = self._engine
-            self._backend = AsyncEngine(engine, self._max_wait_s) if isinstance(engine, Engine) else engine
+            if isinstance(engine, Engine):
+                self._backend = AsyncEngine(engine, self._max_wait_s)
+                give_way(but=self._backend.thread_id)
+            else:
+                self._backend = engine
             self._reporting = asyncio.create_task(self._report())
         return self._backend
 

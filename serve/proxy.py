@@ -18,6 +18,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.errors import ApiError
+from serve.priority import give_way
 from serve.resume import OtherAnswerError, Rest, is_last
 
 MAX_TRIES = 3
@@ -42,6 +43,7 @@ INLINE_WAIT_S = 0.05
 
 
 def middlewares() -> list[Middleware]:
+    give_way()
     return [Middleware(SurviveIngress)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -235,6 +236,18 @@ def test_one_request_id_through_all_logs(endpoint, client):
         files = [file.path for replica in endpoint.replicas(deployment) for file in replica.open_files()]
         logs = [Path(path) for path in files if "/logs/serve/" in path]
         wait_for(lambda logs=logs: any("find-me-in-the-logs" in log.read_text() for log in logs), 60)
+
+
+def test_what_carries_messages_gives_way_to_the_engine(endpoint, client):
+    ask(client, endpoint, [text("what?")])  # The engine's thread starts with the first.
+
+    def policies(deployment: str) -> list[int]:
+        threads = [thread.id for replica in endpoint.replicas(deployment) for thread in replica.threads()]
+        return [os.sched_getscheduler(thread) for thread in threads]
+
+    assert set(policies("ingress")) == {os.SCHED_BATCH}
+    carriers, engines = (policies("language").count(policy) for policy in (os.SCHED_BATCH, os.SCHED_OTHER))
+    assert 0 < engines < carriers
 
 
 def test_the_serve_config_file(endpoint, tmp_path):

@@ -133,7 +133,11 @@ def test_nothing_in_the_library_imports_jobs_or_tests_and_only_the_command_line_
 
 
 @pytest.mark.parametrize(
-    "name", ["chat", "conversation", "errors", "http", "keys", "media", "openai_api", "proxy", "suspects", "tracing"]
+    "name",
+    [
+        *("chat", "conversation", "errors", "http", "keys", "media", "openai_api", "priority", "proxy", "suspects"),
+        "tracing",
+    ],
 )
 def test_the_http_side_of_serving_knows_no_ray(name):
     """It runs under any ASGI server, and is tested so."""

@@ -106,6 +106,11 @@ class AsyncEngine:
     def _has_room(self) -> bool:
         return not self.engine.waiting and len(self._streams) < self.engine.config.max_running
 
+    @property
+    def thread_id(self) -> int:
+        """The system's, of the thread in which the engine computes."""
+        return self._thread.native_id
+
     def stats(self) -> dict[str, Any]:
         return self.engine.stats()
 
