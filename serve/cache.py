@@ -64,7 +64,8 @@ class EmbeddingCache(Generic[Response]):
         return entry.value if entry is not None else None
 
     def keep(self, key: str, response: Response, value: np.ndarray) -> None:
-        """What was read of an entry, unless another took its place. It is the object store's memory, not another's."""
+        """Note the array of an entry, unless another took its place. It lies in the object store's memory, which the
+        entry holds anyway."""
         entry = self._entries.get(key)
         if entry is not None and entry.response is response:
             entry.value = value

@@ -131,7 +131,7 @@ class Relay:
                     async for item in items:
                         if (told := self._take(call, item)) is not None:
                             yield told
-                await self._small(task, keys, encoded)  # Who asks about these files next need not wait for it.
+                await self._small(task, keys, encoded)  # So that the next question about these files has them at hand.
                 return
             except (RayError, RayServeException, asyncio.CancelledError) as error:
                 _raise_if_ours(error)
